@@ -1,0 +1,58 @@
+"""mobileqat: quantization-aware training from Keras 3 to verified integer LiteRT (TensorFlow Lite) files.
+
+    import mobileqat as mq
+    q = mq.quantize_model(model)
+    mq.calibrate(q, data)
+    q.compile(...); q.fit(...)
+    flatbuffer = mq.convert(q)
+
+Names are imported when they are first used, so that the import itself stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import Any
+
+_MODULES = {
+    "FakeQuantize": "fakequant",
+    "MobileQatError": "errors",
+    "QuantizeWrapper": "wrappers",
+    "QuantizedModel": "quantize",
+    "calibrate": "calibrate",
+    "convert": "convert",
+    "convert_float": "convert",
+    "inspect": "flatbuffer",
+    "quantize_annotate_layer": "quantize",
+    "quantize_annotate_model": "quantize",
+    "quantize_apply": "quantize",
+    "quantize_model": "quantize",
+    "strip": "quantize",
+    "verify": "parity",
+}
+__all__ = sorted(_MODULES)  # noqa: PLE0605 - a list of names, made from the table above
+
+
+class _Package(types.ModuleType):
+    """The module's type: importing the submodule `convert` must not hide the function `convert`."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_namesake = isinstance(value, types.ModuleType) and _MODULES.get(name) == name
+        super().__setattr__(name, getattr(value, name) if is_namesake else value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mobileqat' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"mobileqat.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,1 @@
+"""Latency of `.tflite` files: on this host, on emulated ARM, on Android devices."""

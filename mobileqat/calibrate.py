@@ -1,0 +1,198 @@
+"""Activation ranges from data: run the float layers of a quantized model and set every observed range.
+
+minmax       the smallest and the largest value seen
+percentile   cuts the same share of values at both ends, over a histogram
+mse          the range whose grid has the least mean squared error, over a histogram (Banner et al. 2019, searched)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from mobileqat import numerics
+from mobileqat.errors import CalibrationError, DataError
+from mobileqat.quantize import QuantizedModel
+from mobileqat.schemes import QuantSpec
+
+METHODS = ("minmax", "percentile", "mse")
+BINS = 2048
+
+
+def calibrate(
+    model: QuantizedModel,
+    data: Any,
+    method: str = "minmax",
+    *,
+    percentile: float = 99.99,
+    batch_size: int = 64,
+) -> None:
+    """Sets the activation ranges of a quantized model from data.
+
+    The float layers run, without any quantization, so the result does not depend on ranges set before.
+
+    Args:
+        model: made by `quantize_model`.
+        data: an array [n, ...], a list or dict of arrays for several inputs, or an iterable of batches of those.
+        method: "minmax", "percentile" or "mse".
+        percentile: share of values inside the range, in percent, for "percentile".
+        batch_size: samples per step when `data` is arrays.
+
+    Raises:
+        CalibrationError: a tensor whose values are not finite, or no data at all.
+        DataError: data that does not fit the model's inputs.
+    """
+    if method not in METHODS:
+        raise CalibrationError(
+            f"Unknown calibration method {method!r}. Expected one of: {', '.join(METHODS)}."
+        )
+    if not 50 < percentile <= 100:
+        raise CalibrationError(f"percentile must be in (50, 100]. Received: {percentile}")
+    batches = list(_batches(model, data, batch_size))
+    if not batches:
+        raise CalibrationError("There is no calibration data: the iterable gave no batch.")
+    ranges = _minimum_and_maximum(model, batches)
+    if method != "minmax":
+        histograms = _histograms(model, batches, ranges)
+        pick = _percentile_range if method == "percentile" else _least_squares_range
+        for name, (low, high) in ranges.items():
+            if high > low:
+                spec = model.plan.tensors[name].spec
+                ranges[name] = pick(histograms[name], low, high, spec, percentile)
+    for name, (low, high) in ranges.items():
+        quantizer = model.quantizers[name]
+        quantizer.set_range(name, low, high)
+
+
+def _batches(model: QuantizedModel, data: Any, batch_size: int) -> Iterator[list[np.ndarray]]:
+    """Batches as lists of arrays in the order of the model's inputs."""
+    arrays = as_arrays(model, data) if isinstance(data, (np.ndarray, list, tuple, dict)) else None
+    if arrays is None:
+        yield from (as_arrays(model, batch) for batch in _iterable(data))
+        return
+    for start in range(0, len(arrays[0]), batch_size):
+        yield [array[start : start + batch_size] for array in arrays]
+
+
+def _iterable(data: Any) -> Iterable:
+    try:
+        return iter(data)
+    except TypeError:
+        raise DataError(
+            "Calibration data must be an array, a list or dict of arrays, or an iterable of batches. "
+            f"Received: {type(data).__name__}"
+        ) from None
+
+
+def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
+    """One array per input of the model, in order, from an array, a list or a dict; DataError when they do not fit."""
+    names = list(model.plan.inputs)
+    if isinstance(data, dict):
+        if set(data) != set(names):
+            raise DataError(f"Expected data for the inputs {names}. Received: {sorted(data)}")
+        arrays = [np.asarray(data[name]) for name in names]
+    elif isinstance(data, (list, tuple)):
+        arrays = [np.asarray(part) for part in data]
+    else:
+        arrays = [np.asarray(data)]
+    if len(arrays) != len(names):
+        raise DataError(
+            f"Model '{model.name}' has {len(names)} inputs {names}. Received: {len(arrays)} arrays"
+        )
+    for name, array in zip(names, arrays, strict=True):
+        expected = model.plan.tensors[name].shape
+        if array.shape[1:] != expected or len(array) != len(arrays[0]):
+            raise DataError(
+                f"Input '{name}' expects shape (n, {', '.join(map(str, expected))}). Received: {array.shape}"
+            )
+    return arrays
+
+
+def _observed(model: QuantizedModel) -> list[str]:
+    return [
+        name
+        for name, quantizer in model.quantizers.items()
+        if quantizer.is_learned and name in quantizer.members
+    ]
+
+
+def _activations(model: QuantizedModel, inputs) -> dict[str, tf.Tensor]:
+    """Every tensor of the plan, computed in float."""
+    values = dict(zip(model.plan.inputs, inputs, strict=True))
+    for wrapper in model.operators.values():
+        arguments = [values[name] for name in wrapper.operator.inputs]
+        x = wrapper.float_call(arguments if len(arguments) > 1 else arguments[0], training=False)
+        values[wrapper.operator.output] = tf.cast(x, tf.float32)
+    return values
+
+
+def _signature(model: QuantizedModel) -> list[tf.TensorSpec]:
+    return [tf.TensorSpec((None, *model.plan.tensors[name].shape), tf.float32) for name in model.plan.inputs]
+
+
+def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[float, float]]:
+    names = _observed(model)
+    if not names:
+        return {}
+
+    @tf.function(input_signature=_signature(model))
+    def extremes(*inputs):
+        values = _activations(model, inputs)
+        return tf.stack([[tf.reduce_min(values[name]), tf.reduce_max(values[name])] for name in names])
+
+    seen = np.stack([extremes(*batch).numpy() for batch in _as_float32(batches)])
+    if not np.isfinite(seen).all():
+        # min and max propagate NaN only in some kernels, so the first tensor named is where it surfaced.
+        broken = [
+            name
+            for name, values in zip(names, seen.transpose(1, 0, 2), strict=True)
+            if not np.isfinite(values).all()
+        ]
+        raise CalibrationError(
+            f"Activation tensor '{broken[0]}' is not finite on the calibration data ({len(broken)} such tensors). "
+            "Look for NaN or infinity in the data and in the model's weights."
+        )
+    lows, highs = seen[:, :, 0].min(0), seen[:, :, 1].max(0)
+    return {name: (float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}
+
+
+def _as_float32(batches):
+    return ([np.asarray(array, np.float32) for array in batch] for batch in batches)
+
+
+def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]:
+    """Counts in `BINS` equal bins between each tensor's extremes."""
+    names = [name for name, (low, high) in ranges.items() if high > low]
+
+    @tf.function(input_signature=_signature(model))
+    def count(*inputs):
+        values = _activations(model, inputs)
+        return tf.stack([tf.histogram_fixed_width(values[name], list(ranges[name]), BINS) for name in names])
+
+    total = sum(count(*batch).numpy().astype(np.int64) for batch in _as_float32(batches))
+    return dict(zip(names, total, strict=True))
+
+
+def _percentile_range(counts, low, high, spec: QuantSpec, percentile: float) -> tuple[float, float]:
+    share = np.cumsum(counts) / counts.sum()
+    edges = np.linspace(low, high, BINS + 1)
+    tail = (100 - percentile) / 200
+    first, last = np.searchsorted(share, tail, side="right"), np.searchsorted(share, 1 - tail, side="left")
+    return float(edges[first]), float(edges[min(last, BINS - 1) + 1])
+
+
+def _least_squares_range(counts, low, high, spec: QuantSpec, percentile: float) -> tuple[float, float]:
+    """Shrinks both ends together in steps of 1 % and keeps the range with the least squared error."""
+    edges = np.linspace(low, high, BINS + 1)
+    centres = (edges[:-1] + edges[1:]) / 2
+
+    def error(factor: float) -> float:
+        scale, zero_point = numerics.quantization_parameters(low * factor, high * factor, spec)
+        restored = numerics.dequantize(numerics.quantize(centres, scale, zero_point, spec), scale, zero_point)
+        return float(np.sum(counts * (restored - centres) ** 2))
+
+    best = min(np.arange(1.0, 0.29, -0.01), key=error)
+    return float(low * best), float(high * best)

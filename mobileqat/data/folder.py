@@ -1,0 +1,157 @@
+"""Datasets made of image files, one folder per class, read with Pillow.
+
+    path/train/<class>/*.jpg, path/test/<class>/*.jpg, path/validation/<class>/*.jpg     or
+    path/<class>/*.jpg
+
+Without a test folder a stratified 20 % of the train images, always the same ones, become the test split.
+Names that start with a dot are ignored; any other file that is not an image is an error, so that nothing
+is left out without notice.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mobileqat.data.dataset import SPLIT_NAMES
+from mobileqat.data.split import hold_out_test
+from mobileqat.errors import DataError
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+PILLOW_MODES = {1: "L", 3: "RGB"}
+
+
+def load_image_folder(*, path: str, image_size: tuple[int, int] | None = None, channels: int = 3) -> dict:
+    """Read the image files below `path`.
+
+    Args:
+        path: the folder, laid out as in the module's docstring.
+        image_size: (height, width) in pixels to resize to, bilinear with antialiasing; may be None when all
+            images have one size already.
+        channels: 3 for RGB, 1 for grayscale.
+
+    Returns:
+        x_* uint8 (n, height, width, channels), y_* int64 (n,), class_names in sorted order.
+
+    Raises:
+        DataError: names the folder or file that is missing, empty, broken, or of another size.
+    """
+    _check_options(image_size, channels)
+    listing = _list_splits(Path(path))
+    files = [file for classes in listing.values() for class_files in classes.values() for file in class_files]
+    x = _read_images(files, image_size, channels)
+    arrays: dict = {"class_names": list(listing["train"])}
+    start = 0
+    for split, classes in listing.items():
+        y = np.repeat(np.arange(len(classes)), [len(class_files) for class_files in classes.values()])
+        arrays |= {f"x_{split}": x[start : start + len(y)], f"y_{split}": y}
+        start += len(y)
+    if "test" not in listing:
+        _check_enough_for_test(listing["train"])
+        arrays |= hold_out_test(arrays["x_train"], arrays["y_train"])
+    return arrays
+
+
+def read_image(path: Path, image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """One image file as uint8 (height, width, channels), upright, resized unless `image_size` is None."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                # Pillow would clip these to 0..255 without a word.
+                raise DataError(f"{path} has more than 8 bits per channel ({image.mode}). Convert it.")
+            # Cameras store rotated pictures as they came off the sensor, with a note to turn them.
+            upright = ImageOps.exif_transpose(image).convert(PILLOW_MODES[channels])
+        height, width = image_size or (upright.height, upright.width)
+        resized = upright.resize((width, height), Image.Resampling.BILINEAR)
+        return np.asarray(resized).reshape(height, width, channels)
+    except DataError:
+        raise
+    except Exception as error:
+        # Pillow's decoders raise OSError, SyntaxError, ValueError and more on broken files.
+        raise DataError(f"cannot read the image {path}: {error}. Replace or remove it.") from error
+
+
+def _check_options(image_size, channels) -> None:
+    if channels not in PILLOW_MODES:
+        raise DataError(f"channels must be 1 (grayscale) or 3 (RGB). Received: channels={channels!r}")
+    if image_size is not None and not (
+        isinstance(image_size, (tuple, list))
+        and len(image_size) == 2
+        and all(isinstance(pixels, int) and pixels > 0 for pixels in image_size)
+    ):
+        raise DataError(f"image_size must be (height, width) in pixels. Received: image_size={image_size!r}")
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+
+
+def _list_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
+    """The image files of each class of each split; train comes first."""
+    if not root.is_dir():
+        raise DataError(f"{root} is not a folder. Set path to the folder that holds the class folders.")
+    train = root / "train"
+    # A `train` folder without folders in it is a class: pictures of trains.
+    if not train.is_dir() or not any(entry.is_dir() for entry in _visible(train)):
+        return {"train": _list_classes(root)}
+    folders = [root / split for split in SPLIT_NAMES if (root / split).is_dir()]
+    listing = {folder.name: _list_classes(folder) for folder in folders}
+    for split, classes in listing.items():
+        _check_same_classes(root, split, set(classes), set(listing["train"]))
+    return listing
+
+
+def _check_same_classes(root: Path, split: str, classes: set[str], train_classes: set[str]) -> None:
+    if classes != train_classes:
+        name = min(classes ^ train_classes)
+        absent, present = (split, "train") if name in train_classes else ("train", split)
+        raise DataError(
+            f"{root / absent} has no class folder {name!r}, but {root / present} has; expected the same "
+            "classes in every split. Add or remove it."
+        )
+
+
+def _list_classes(folder: Path) -> dict[str, list[Path]]:
+    classes = {entry.name: _list_images(entry) for entry in _visible(folder) if entry.is_dir()}
+    if not classes:
+        raise DataError(f"{folder} has no class folders; expected {folder}/<class>/<image files>.")
+    return classes
+
+
+def _list_images(folder: Path) -> list[Path]:
+    files = _visible(folder)
+    if not files:
+        raise DataError(f"{folder} is empty; expected images of this class. Add some or remove the folder.")
+    for file in files:
+        if not file.is_file() or file.suffix.lower() not in IMAGE_SUFFIXES:
+            raise DataError(
+                f"{file} is not an image file; expected names ending in {', '.join(IMAGE_SUFFIXES)}. "
+                "Move it out of the class folder."
+            )
+    return files
+
+
+def _read_images(files: list[Path], image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    first = read_image(files[0], image_size, channels)
+    x = np.empty((len(files), *first.shape), np.uint8)
+    for index, file in enumerate(files):
+        image = read_image(file, image_size, channels)
+        if image.shape != first.shape:
+            raise DataError(
+                f"{file} has {image.shape[0]}x{image.shape[1]} pixels (height x width), {files[0]} has "
+                f"{first.shape[0]}x{first.shape[1]}. Set image_size to resize all images alike."
+            )
+        x[index] = image
+    return x
+
+
+def _check_enough_for_test(classes: dict[str, list[Path]]) -> None:
+    for files in classes.values():
+        if len(files) < 2:
+            raise DataError(
+                f"{files[0].parent} has one image; expected at least 2, to be in both train and test. Add "
+                "images, or make train and test folders."
+            )

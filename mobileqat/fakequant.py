@@ -1,0 +1,195 @@
+"""Straight-through fake quantization on TensorFlow: the `FakeQuantize` layer for activations, a function for weights.
+
+Forward, a value snaps to its grid; backward, rounding counts as the identity (Bengio et al. 2013), and values beyond
+the range, which saturate, pass no gradient.  Ranges follow a debiased moving average (Kingma & Ba 2015, section 3)
+that calibration sets and training continues:
+
+    w <- d * w + (1 - d),   m <- d * m + (1 - d) * batch_range,   range = m / w
+"""
+
+from __future__ import annotations
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from mobileqat import numerics
+from mobileqat.schemes import QuantSpec
+
+
+@tf.custom_gradient
+def straight_through(exact, differentiable):
+    """The value of `exact` with the gradient of `differentiable`; both tensors have one shape and dtype.
+
+    Not `d + stop_gradient(exact - d)`: TensorFlow's graph optimizer reorders such sums, and the value is then no
+    longer `exact` to the bit.
+    """
+    return tf.identity(exact), lambda gradient: (None, gradient)
+
+
+def product(a, b):
+    """a * b in float32, correctly rounded.
+
+    By way of float64: TensorFlow's graph optimizer rewrites float32 scalars (x / 255 becomes x * (1 / 255), 1 / sqrt
+    becomes rsqrt), which moves a scale by an ulp and now and then an integer with it.  A float64 result rounds to
+    the same float32 either way.
+    """
+    return tf.cast(tf.cast(a, tf.float64) * tf.cast(b, tf.float64), tf.float32)
+
+
+def quotient(a, b):
+    """a / b in float32, correctly rounded; see `product`."""
+    return tf.cast(tf.cast(a, tf.float64) / tf.cast(b, tf.float64), tf.float32)
+
+
+def round_half_away(x):
+    """`numerics.round_half_away` on tensors."""
+    whole = tf.sign(x) * tf.floor(tf.abs(x))
+    return whole + tf.sign(x) * tf.cast(tf.abs(x - whole) >= 0.5, x.dtype)
+
+
+def weight_scales(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
+    """`numerics.weight_scales` on tensors: max-abs per channel, shaped to broadcast, no gradient."""
+    kept = channel_axes if spec.per_channel else ()
+    reduced = [axis for axis in range(len(weights.shape)) if axis not in kept]
+    largest = tf.reduce_max(tf.abs(tf.stop_gradient(weights)), axis=reduced, keepdims=True)
+    return quotient(tf.where(largest > 0, largest, 1.0), spec.qmax)
+
+
+def quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
+    """Weight integers (as float32 values) and their scales.
+
+    A max-abs scale never saturates a weight, so the straight-through gradient of `integers * scales` is the identity.
+    """
+    scales = weight_scales(weights, channel_axes, spec)
+    scaled = weights / scales
+    return straight_through(tf.clip_by_value(tf.round(scaled), spec.qmin, spec.qmax), scaled), scales
+
+
+@keras.saving.register_keras_serializable("mobileqat")
+class FakeQuantize(keras.layers.Layer):
+    """The grid of a group of activation tensors that share scale and zero point.
+
+    Each observed tensor ("member") has a moving range of its own; the grid holds all of them.  Without members the
+    parameters are `fixed`.
+
+    Args:
+        spec: bits and symmetry of the grid.
+        members: names of the observed tensors.
+        fixed: `(scale, zero_point)` that a kernel prescribes.
+        pinned: `(minimum, maximum)` known beforehand, which no data changes.
+        ema_decay: decay of the moving average per training step.
+    """
+
+    def __init__(self, spec: QuantSpec, members=(), fixed=None, pinned=None, ema_decay=0.99, **kwargs):
+        super().__init__(**kwargs)
+        if not members and fixed is None and pinned is None:
+            raise ValueError("FakeQuantize needs observed members, fixed parameters or a pinned range.")
+        self.spec = spec
+        self.members = tuple(members)
+        self.fixed = fixed
+        self.pinned = pinned
+        self.ema_decay = ema_decay
+        # A Python attribute, so that frozen ranges cost nothing; `train.Schedule` sets it and retraces.
+        self.observing = True
+        self.supports_jit = True
+        if self.is_learned:
+            float32 = {"dtype": "float32", "trainable": False, "autocast": False}
+            count = len(self.members)
+            self.range_sum = self.add_weight(
+                name="range_sum", shape=(count, 2), initializer="zeros", **float32
+            )
+            self.range_weight = self.add_weight(
+                name="range_weight", shape=(count,), initializer="zeros", **float32
+            )
+        self.built = True
+
+    @property
+    def is_learned(self) -> bool:
+        return self.fixed is None and self.pinned is None
+
+    def ranges(self) -> np.ndarray:
+        """Current `[minimum, maximum]` per member, float32 (members, 2); NaN where nothing was observed yet."""
+        if self.pinned is not None:
+            return np.array([self.pinned], np.float32)
+        if self.fixed is not None:
+            scale, zero_point = self.fixed
+            return np.float32(
+                [[scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)]]
+            )
+        weight = ops.convert_to_numpy(self.range_weight)[:, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(weight > 0, ops.convert_to_numpy(self.range_sum) / weight, np.float32("nan"))
+
+    def set_range(self, member: str, minimum: float, maximum: float) -> None:
+        """Starts a member's moving average at a calibrated range."""
+        row = self.members.index(member)
+        total, weight = (ops.convert_to_numpy(v).copy() for v in (self.range_sum, self.range_weight))
+        total[row], weight[row] = (minimum, maximum), 1.0
+        self.range_sum.assign(total)
+        self.range_weight.assign(weight)
+
+    def parameters(self):
+        """Scale and zero point as float32 scalars; the same arithmetic as `numerics.quantization_parameters`."""
+        if self.fixed is not None:
+            return tf.constant(self.fixed[0], tf.float32), tf.constant(float(self.fixed[1]), tf.float32)
+        if self.pinned is not None:
+            scale, zero_point = numerics.quantization_parameters(*self.pinned, self.spec)
+            return tf.constant(scale, tf.float32), tf.constant(float(zero_point), tf.float32)
+        weight = tf.convert_to_tensor(self.range_weight)[:, None]
+        ranges = quotient(self.range_sum, tf.where(weight > 0, weight, 1.0))
+        low = tf.minimum(tf.reduce_min(ranges[:, 0]), 0.0)
+        high = tf.maximum(tf.reduce_max(ranges[:, 1]), 0.0)
+        smallest = float(numerics.SMALLEST_SCALE)
+        if self.spec.symmetric:
+            return tf.maximum(quotient(tf.maximum(-low, high), self.spec.qmax), smallest), tf.constant(0.0)
+        scale = tf.maximum(quotient(high - low, self.spec.qmax - self.spec.qmin), smallest)
+        zero_point = tf.round(float(self.spec.qmin) - quotient(low, scale))
+        return scale, tf.clip_by_value(zero_point, float(self.spec.qmin), float(self.spec.qmax))
+
+    def observe(self, x, member: str) -> None:
+        """Moves a member's range towards the range of this batch."""
+        row = self.members.index(member)
+        batch = tf.stack([tf.reduce_min(x), tf.reduce_max(x)])
+        decay = tf.one_hot(row, len(self.members)) * (self.ema_decay - 1.0) + 1.0
+        self.range_sum.assign(self.range_sum * decay[:, None] + (1.0 - decay)[:, None] * batch)
+        self.range_weight.assign(self.range_weight * decay + (1.0 - decay))
+
+    def call(self, inputs, member: str | None = None, training=None):
+        """Fake-quantizes `inputs`, float of any shape; observes them first when training an observed member."""
+        x = tf.cast(inputs, tf.float32)
+        if training and self.observing and self.is_learned and member is not None:
+            self.observe(tf.stop_gradient(x), member)
+        scale, zero_point = self.parameters()
+        if training:
+            low, high = scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)
+            x = tf.quantization.fake_quant_with_min_max_vars(
+                x, low, high, num_bits=self.spec.bits, narrow_range=self.spec.symmetric
+            )
+        else:
+            x = self.snap(x, scale, zero_point)
+        return tf.cast(x, inputs.dtype)
+
+    def snap(self, x, scale, zero_point):
+        """Rounds half away from zero like the runtime's QUANTIZE; gradients pass inside the range."""
+        scaled = tf.clip_by_value(x / scale, self.spec.qmin - zero_point, self.spec.qmax - zero_point)
+        return straight_through(round_half_away(scaled), scaled) * scale
+
+    def compute_output_shape(self, input_shape, **kwargs):
+        return input_shape
+
+    def get_config(self):
+        return super().get_config() | {
+            "spec": vars(self.spec),
+            "members": list(self.members),
+            "fixed": self.fixed,
+            "pinned": self.pinned,
+            "ema_decay": self.ema_decay,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        spec = QuantSpec(**config["spec"])
+        pairs = {key: config[key] and tuple(config[key]) for key in ("fixed", "pinned")}
+        return cls(**(config | {"spec": spec} | pairs))

@@ -1,0 +1,234 @@
+"""Reference models by name, and loading the user's own: every way a run can come by its float model.
+
+Reference models take raw integer samples (pixels 0..255): their first BatchNormalization does the scaling, so that
+the input's grid holds the data exactly.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mobileqat.errors import ModelError
+
+if TYPE_CHECKING:
+    import keras
+
+Shape = tuple[int, ...]
+
+
+def _conv_bn_relu(x, layer, name: str):
+    import keras
+
+    x = layer(x)
+    x = keras.layers.BatchNormalization(name=f"{name}_bn")(x)
+    return keras.layers.ReLU(name=f"{name}_relu")(x)
+
+
+def dscnn(input_shape: Shape, classes: int, filters: int = 32, blocks: int = 3) -> keras.Model:
+    """DS-CNN (Zhang et al. 2017, "Hello Edge"): a convolution and depthwise separable blocks."""
+    from keras import Input, Model, layers
+
+    inputs = Input(input_shape, name="image")
+    x = _conv_bn_relu(inputs, layers.Conv2D(filters, 3, padding="same", use_bias=False, name="conv"), "conv")
+    for index in range(1, blocks + 1):
+        name = f"depthwise_{index}"
+        x = _conv_bn_relu(x, layers.DepthwiseConv2D(3, padding="same", use_bias=False, name=name), name)
+        name = f"pointwise_{index}"
+        x = _conv_bn_relu(x, layers.Conv2D(filters, 1, use_bias=False, name=name), name)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dropout(0.2, name="dropout")(x)
+    return Model(inputs, layers.Dense(classes, activation="softmax", name="classes")(x), name="dscnn")
+
+
+def resnet8(input_shape: Shape, classes: int, filters: int = 16, l2: float = 1e-4) -> keras.Model:
+    """ResNet8 of MLPerf Tiny's image classification benchmark (Banbury et al. 2021), three residual stacks."""
+    from keras import Input, Model, layers, regularizers
+
+    def conv(count, size, strides, name):
+        regularizer = regularizers.L2(l2) if l2 else None
+        return layers.Conv2D(
+            count,
+            size,
+            strides,
+            "same",
+            kernel_initializer="he_normal",
+            kernel_regularizer=regularizer,
+            name=name,
+        )
+
+    inputs = Input(input_shape, name="image")
+    x = _conv_bn_relu(inputs, conv(filters, 3, 1, "conv"), "conv")
+    for stack in range(3):
+        count, strides, name = filters * 2**stack, 1 if stack == 0 else 2, f"stack{stack + 1}"
+        y = _conv_bn_relu(x, conv(count, 3, strides, f"{name}_conv1"), f"{name}_conv1")
+        y = layers.BatchNormalization(name=f"{name}_conv2_bn")(conv(count, 3, 1, f"{name}_conv2")(y))
+        if stack:
+            x = conv(count, 1, strides, f"{name}_shortcut")(x)
+        x = layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
+    x = layers.AveragePooling2D(x.shape[1:3], name="pool")(x)
+    x = layers.Flatten(name="flatten")(x)
+    outputs = layers.Dense(classes, activation="softmax", kernel_initializer="he_normal", name="classes")(x)
+    return Model(inputs, outputs, name="resnet8")
+
+
+# Output channels at alpha = 1 and stride of MobileNetV1's separable blocks (Howard et al. 2017, table 1).
+_MOBILENET_V1_BLOCKS = (
+    *((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2)),
+    *((512, 1),) * 5,
+    *((1024, 2), (1024, 1)),
+)
+
+
+def mobilenet_v1(
+    input_shape: Shape, classes: int, alpha: float = 0.25, first_stride: int = 1, dropout: float = 0.1
+) -> keras.Model:
+    """MobileNetV1 (Howard et al. 2017), by default with stride 1 in the first convolution for small images."""
+    from keras import Input, Model, layers
+
+    def channels(count: int) -> int:
+        return max(8, int(count * alpha) // 8 * 8)
+
+    inputs = Input(input_shape, name="image")
+    stem = layers.Conv2D(channels(32), 3, first_stride, "same", use_bias=False, name="conv")
+    x = _conv_bn_relu(inputs, stem, "conv")
+    for index, (count, strides) in enumerate(_MOBILENET_V1_BLOCKS, 1):
+        name = f"depthwise_{index}"
+        x = _conv_bn_relu(x, layers.DepthwiseConv2D(3, strides, "same", use_bias=False, name=name), name)
+        name = f"pointwise_{index}"
+        x = _conv_bn_relu(x, layers.Conv2D(channels(count), 1, use_bias=False, name=name), name)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    x = layers.Dropout(dropout, name="dropout")(x)
+    return Model(inputs, layers.Dense(classes, activation="softmax", name="classes")(x), name="mobilenet_v1")
+
+
+MODELS: dict[str, Callable[..., Any]] = {"dscnn": dscnn, "mobilenet_v1": mobilenet_v1, "resnet8": resnet8}
+
+
+def build_model(
+    name: str, input_shape: Shape, classes: int, args: dict[str, Any] | None = None
+) -> keras.Model:
+    """Builds a model.
+
+    Args:
+        name: a reference model's name, or `module:function`; the function is called with `args`, and with
+            `input_shape` and `classes` if it takes parameters of those names.
+        input_shape: of one sample.
+        classes: number of classes.
+        args: further keyword arguments.
+
+    Raises:
+        ModelError: no such model or function, arguments it does not take, or a result that is no Keras model.
+    """
+    import keras
+
+    function = _import_function(name) if ":" in name else _reference(name)
+    given = {"input_shape": tuple(input_shape), "classes": classes}
+    takes = inspect.signature(function).parameters
+    arguments = {key: value for key, value in given.items() if key in takes} | (args or {})
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ModelError(
+            f"Model '{name}' does not take these arguments: {error}. It takes: {', '.join(takes)}."
+        ) from None
+    model = function(**arguments)
+    if not isinstance(model, keras.Model):
+        raise ModelError(
+            f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}"
+        )
+    return model
+
+
+def _reference(name: str) -> Callable[..., Any]:
+    if name in MODELS:
+        return MODELS[name]
+    near = difflib.get_close_matches(name, MODELS, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    raise ModelError(
+        f"Unknown model '{name}'. Expected one of {', '.join(MODELS)}, or module:function.{hint}"
+    )
+
+
+def _import_function(name: str) -> Callable[..., Any]:
+    module_name, _, function_name = name.partition(":")
+    folder = os.getcwd()
+    # A user's module beside the recipe is importable, as it is for `python -m`.
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"Model function '{name}' cannot be imported: {error}.") from error
+    if not callable(function):
+        raise ModelError(f"Model function '{name}' is not callable. Received: {type(function).__name__}")
+    return function
+
+
+def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None) -> keras.Model:
+    """Loads a Keras model, or weights into a model built for them.
+
+    Args:
+        path: a `.keras` or `.h5` file. A file that holds weights only needs `build`.
+        build: makes the model that a weights file belongs to.
+
+    Raises:
+        ModelError: a file that is missing, truncated, not Keras's, needs unsafe deserialization, holds NaN weights,
+            or whose weights do not fit the model.
+    """
+    import keras
+
+    path = Path(path)
+    if not path.is_file():
+        raise ModelError(f"There is no file '{path}'. Expected a .keras or .h5 model or weights file.")
+    if path.suffix not in (".keras", ".h5", ".hdf5"):
+        raise ModelError(f"'{path}' is not a .keras or .h5 file.")
+    try:
+        if _holds_weights_only(path):
+            if build is None:
+                raise ModelError(
+                    f"'{path}' holds weights without a model. Load them into the model they belong to."
+                )
+            model = build()
+            model.load_weights(path)
+        else:
+            model = keras.models.load_model(path, compile=False, safe_mode=True)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        raise ModelError(
+            f"'{path}' cannot be loaded as a Keras 3 model or weights: {lines[0][:300]}"
+        ) from error
+    check_finite_weights(model)
+    return model
+
+
+def _holds_weights_only(path: Path) -> bool:
+    if path.suffix == ".keras":
+        return False
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        if "model_config" in file.attrs:
+            json.loads(file.attrs["model_config"])
+            return False
+        return True
+
+
+def check_finite_weights(model: keras.Model) -> None:
+    """Raises ModelError when a weight is NaN or infinite, naming such variables."""
+    import keras
+    import numpy as np
+
+    broken = [v.path for v in model.weights if not np.isfinite(keras.ops.convert_to_numpy(v)).all()]
+    if broken:
+        raise ModelError(
+            f"Model '{model.name}' has NaN or infinite values in {len(broken)} of {len(model.weights)} weights: "
+            f"{', '.join(broken[:5])}{', ...' if len(broken) > 5 else ''}. Training diverged, or the file is damaged."
+        )

@@ -1,0 +1,409 @@
+"""The steps of a run, in order, and what each leaves in the run directory.
+
+    data -> float -> ptq -> qat -> convert -> inspect -> parity -> evaluate -> bench -> report
+
+A step is a function of the run that returns a JSON-able result.  Finished steps are in the journal, so that a run
+can be resumed; a check that fails is remembered and raised at the end, after the report that shows it.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+
+from mobileqat import flatbuffer, models, parity, report
+from mobileqat.bench import host
+from mobileqat.calibrate import calibrate
+from mobileqat.convert import convert, convert_float
+from mobileqat.data import Dataset, calibration_samples, load_dataset
+from mobileqat.errors import CheckFailed, InspectionError, MobileQatError, ModelError, ParityError
+from mobileqat.evaluate import accuracy, per_class, top1
+from mobileqat.quantize import QuantizedModel, quantize_model
+from mobileqat.recipe import Recipe, dump_recipe
+from mobileqat.rundir import RunDirectory
+from mobileqat.runtime import Session
+from mobileqat.train import fit
+
+PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
+
+
+class Display(Protocol):
+    """How a run shows its progress; `cli` has one for terminals."""
+
+    def step(self, name: str) -> None: ...
+    def done(self, name: str, status: str, seconds: float, message: str) -> None: ...
+    def training(self, name: str, epochs: int) -> keras.callbacks.Callback: ...
+
+
+class Run:
+    """One run: the recipe, its directory, and what the steps share. Models are loaded from disk when resumed."""
+
+    def __init__(self, recipe: Recipe, directory: RunDirectory, display: Display | None = None):
+        self.recipe = recipe
+        self.directory = directory
+        self.display = display
+        self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        self.steps: list[dict] = []
+        self.failures: list[CheckFailed] = []
+        self._models: dict[str, keras.Model] = {}
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        data = self.recipe.data
+        return load_dataset(
+            data.source,
+            path=data.path,
+            image_size=data.image_size,
+            validation_fraction=data.validation_fraction,
+            seed=self.recipe.seed,
+            **data.options,
+        )
+
+    @cached_property
+    def test(self) -> tuple[np.ndarray, np.ndarray]:
+        limit = self.recipe.evaluate.limit
+        return self.dataset.test.x[:limit], self.dataset.test.y[:limit]
+
+    @property
+    def variants(self) -> list[str]:
+        return ["float", "ptq", "qat"] if self.recipe.qat.enabled else ["float", "ptq"]
+
+    def keep_model(self, variant: str, model: keras.Model) -> None:
+        self._models[variant] = model
+        self.directory.write(f"models/{variant}.keras", model.save)
+
+    def model(self, variant: str) -> Any:
+        if variant not in self._models:
+            self._models[variant] = models.load_model(self.directory.path / "models" / f"{variant}.keras")
+        return self._models[variant]
+
+    def file(self, variant: str) -> bytes:
+        return (self.directory.path / f"{variant}.tflite").read_bytes()
+
+    def outputs(self, variant: str) -> dict[str, np.ndarray]:
+        with np.load(self.directory.path / "outputs" / f"{variant}.npz") as arrays:
+            return dict(arrays)
+
+    def training_callbacks(self, name: str, epochs: int) -> list[keras.callbacks.Callback]:
+        return [self.display.training(name, epochs)] if self.display else []
+
+    def fail(self, failure: CheckFailed) -> None:
+        """Remembers a check that failed; the run goes on, so that the report can show it."""
+        self.failures.append(failure)
+
+
+# ------------------------------------------------------------------ steps
+
+
+def _data(run: Run) -> dict:
+    data = run.dataset
+    return {
+        "source": run.recipe.data.source,
+        "class_names": list(data.class_names),
+        "train": len(data.train.x),
+        "validation": len(data.validation.x),
+        "test": len(data.test.x),
+        "calibration": min(run.recipe.data.calibration_samples, len(data.train.x)),
+    }
+
+
+def _float(run: Run) -> dict:
+    recipe, data = run.recipe, run.dataset
+    keras.utils.set_random_seed(recipe.seed)
+
+    def build():
+        return models.build_model(
+            recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args
+        )
+
+    model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
+    _check_fits(model, data)
+    # Layers that cannot be quantized are reported now, before any time goes into training.
+    quantize_model(model, recipe.quantize.scheme)
+    training = None
+    if recipe.float.epochs:
+        training = vars(
+            fit(
+                model,
+                data,
+                recipe.float,
+                augment=recipe.data.augment,
+                seed=recipe.seed,
+                callbacks=run.training_callbacks("float", recipe.float.epochs),
+                log_dir=run.directory.path / "tensorboard" / "float",
+            )
+        )
+    models.check_finite_weights(model)
+    run.keep_model("float", model)
+    return {"model": {"name": recipe.model.name, "parameters": model.count_params()}, "training": training}
+
+
+def _check_fits(model: keras.Model, data: Dataset) -> None:
+    expected, received = tuple(model.input_shape[1:]), data.train.x.shape[1:]
+    if expected != received:
+        raise ModelError(
+            f"Model '{model.name}' takes samples of shape {expected}. The data's are {received}."
+        )
+    if model.output_shape[-1] != len(data.class_names):
+        raise ModelError(
+            f"Model '{model.name}' has {model.output_shape[-1]} outputs. The data has {len(data.class_names)} classes."
+        )
+
+
+def _ptq(run: Run) -> dict:
+    recipe = run.recipe
+    known = recipe.quantize.input_range
+    model = quantize_model(
+        run.model("float"),
+        recipe.quantize.scheme,
+        input_range=run.dataset.value_range if known == "data" else known,
+        ema_decay=recipe.qat.ema_decay,
+    )
+    samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
+    calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
+    run.keep_model("ptq", model)
+    return {"plan": plan_rows(model)}
+
+
+def _qat(run: Run) -> dict | None:
+    if not run.recipe.qat.enabled:
+        return None
+    # A copy by way of the file: the PTQ model stays as it was calibrated.
+    model = models.load_model(run.directory.path / "models" / "ptq.keras")
+    history = fit(
+        model,
+        run.dataset,
+        run.recipe.qat,
+        augment=run.recipe.data.augment,
+        seed=run.recipe.seed,
+        teacher=run.model("float"),
+        callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
+        log_dir=run.directory.path / "tensorboard" / "qat",
+    )
+    run.keep_model("qat", model)
+    return {"training": vars(history), "plan": plan_rows(model)}
+
+
+def plan_rows(model: QuantizedModel) -> list[dict]:
+    """The plan's rows with the scale, zero point and real range that each tensor has now."""
+    rows = model.plan.rows()
+    for row in rows:
+        quantizer = model.quantizers.get(row["tensor"])
+        if quantizer is None:
+            continue
+        scale, zero_point = (float(value) for value in quantizer.parameters())
+        row["scale"], row["zero_point"] = scale, int(zero_point)
+        row["minimum"] = scale * (quantizer.spec.qmin - zero_point)
+        row["maximum"] = scale * (quantizer.spec.qmax - zero_point)
+    return rows
+
+
+def _convert(run: Run) -> dict:
+    settings = run.recipe.convert
+    sizes = {}
+    for variant in run.variants:
+        if variant == "float":
+            content = convert_float(run.model("float"), batch_size=settings.batch_size)
+        else:
+            content = convert(run.model(variant), **settings.model_dump())
+        run.directory.write_bytes(f"{variant}.tflite", content)
+        sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": len(content)}
+    return sizes
+
+
+def _inspect(run: Run) -> dict:
+    results = {variant: flatbuffer.inspect(run.file(variant)) for variant in run.variants}
+    for variant in run.variants[1:]:
+        if results[variant].problems:
+            problems = "\n".join(f"  - {problem}" for problem in results[variant].problems)
+            run.fail(InspectionError(f"{variant}.tflite is not fully integer:\n{problems}"))
+    return {variant: result.to_dict() for variant, result in results.items()}
+
+
+def _parity(run: Run) -> dict:
+    settings = run.recipe.parity
+    bars = parity.Bars(**settings.model_dump(exclude={"samples"}))
+    x, _ = run.test
+    results: dict[str, Any] = {}
+    for variant in run.variants:
+        session = Session(run.file(variant), run.recipe.evaluate.runtime, run.recipe.evaluate.threads)
+        interpreted = session.predict(x)
+        if variant == "float":
+            simulated = run.model("float").predict(x, verbose=0)
+        else:
+            # Bars hold for the default runtime; how others differ is a matter of their own kernels.
+            result = parity.verify(
+                run.model(variant), run.file(variant), x, bars=bars, operator_samples=settings.samples
+            )
+            results[variant] = result.to_dict()
+            simulated = run.model(variant).predict(x, verbose=0)
+            if not result.passed:
+                problems = "\n".join(f"  - {problem}" for problem in result.problems)
+                run.fail(ParityError(f"{variant}.tflite does not compute what was trained:\n{problems}"))
+        arrays = {"interpreter": interpreted, "simulation": simulated}
+        run.directory.write(
+            f"outputs/{variant}.npz", lambda path, arrays=arrays: np.savez_compressed(path, **arrays)
+        )
+    return results
+
+
+def _evaluate(run: Run) -> dict:
+    _, labels = run.test
+    reference = top1(run.outputs("float")["interpreter"], labels)
+    results = {}
+    for variant in run.variants:
+        outputs = run.outputs(variant)
+        results[variant] = {
+            "accuracy": {
+                "samples": len(labels),
+                "interpreter": accuracy(outputs["interpreter"], labels),
+                "simulation": accuracy(outputs["simulation"], labels),
+            },
+            "per_class": per_class(outputs["interpreter"], labels, run.dataset.class_names),
+            "agreement_with_float": float(np.mean(top1(outputs["interpreter"], labels) == reference)),
+        }
+    return results
+
+
+def _bench(run: Run) -> dict | None:
+    settings = run.recipe.bench
+    if not settings.enabled:
+        return None
+    files = {variant: run.file(variant) for variant in run.variants}
+    records: dict[str, list[dict]] = {variant: [] for variant in files}
+    for threads in settings.threads:
+        timing = {"threads": threads, "warmup": settings.warmup, "runs": settings.runs}
+        comparison = host.compare(files, **timing)
+        for variant, content in files.items():
+            # Memory is a process's: each file is loaded once more on its own.
+            alone = host.benchmark(content, threads=threads, warmup=1, runs=5)
+            record = replace(comparison.records[variant], peak_memory_bytes=alone.peak_memory_bytes)
+            ratio = vars(comparison.ratios[variant])
+            records[variant].append(record.to_dict() | {"ratio_to_float": ratio})
+    return records
+
+
+STEPS: dict[str, Callable[[Run], Any]] = {
+    "data": _data,
+    "float": _float,
+    "ptq": _ptq,
+    "qat": _qat,
+    "convert": _convert,
+    "inspect": _inspect,
+    "parity": _parity,
+    "evaluate": _evaluate,
+    "bench": _bench,
+}
+
+
+# ------------------------------------------------------------------ running
+
+
+def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Display | None = None) -> dict:
+    """Runs a recipe.
+
+    Args:
+        recipe: from `load_recipe`.
+        directory: the run directory, new unless `resume`.
+        resume: skip the steps that finished before.
+        display: shows progress.
+
+    Returns:
+        The content of report.json.
+
+    Raises:
+        CheckFailed: everything ran, and a file is not fully integer or misses parity; the report shows it.
+        MobileQatError: a step could not be carried out; what came before it is kept for `resume`.
+    """
+    run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display)
+    try:
+        run.directory.write_json("environment.json", environment())
+        for name, step in STEPS.items():
+            _run_step(run, name, step)
+        results = collect(run)
+        run.directory.write_json("report.json", results)
+        report.write_html(results, run.directory.path / "report.html")
+    finally:
+        run.directory.close()
+    if run.failures:
+        raise run.failures[0]
+    return results
+
+
+def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
+    finished = run.directory.result(name)
+    if run.display:
+        run.display.step(name)
+    started = time.perf_counter()
+    status = "resumed"
+    if finished is None:
+        failures = len(run.failures)
+        try:
+            result = step(run)
+        except (MobileQatError, KeyboardInterrupt, OSError, MemoryError) as error:
+            if run.display:
+                run.display.done(name, "failed", time.perf_counter() - started, "")
+            error.add_note(f"Step '{name}' of {run.directory.path} did not finish.") if hasattr(
+                error, "add_note"
+            ) else None
+            raise
+        status = "skipped" if result is None else "failed" if len(run.failures) > failures else "done"
+        finished = {"status": status, "seconds": time.perf_counter() - started, "result": result}
+        if status != "failed":
+            run.directory.finish(name, finished)
+    row = {"name": name, "status": status, "seconds": finished["seconds"], "message": ""}
+    if status == "failed":
+        row["message"] = str(run.failures[-1]).splitlines()[0]
+    run.steps.append(row | {"result": finished["result"]})
+    if run.display:
+        run.display.done(name, status, row["seconds"], row["message"])
+
+
+def collect(run: Run) -> dict:
+    """Everything that the report shows, as one JSON-able dict."""
+    results = {step["name"]: step["result"] or {} for step in run.steps}
+    variants = {
+        variant: {
+            **results["convert"].get(variant, {}),
+            **results["evaluate"].get(variant, {}),
+            "inspection": results["inspect"].get(variant),
+            "parity": results["parity"].get(variant),
+            "latency": results["bench"].get(variant, []),
+        }
+        for variant in run.variants
+    }
+    return {
+        "schema_version": 1,
+        "mobileqat": metadata.version("mobileqat"),
+        "name": run.recipe.name,
+        "description": run.recipe.description,
+        "created": run.created,
+        "seconds": sum(step["seconds"] for step in run.steps),
+        "verdict": report.decide(variants, run.recipe.report.ship_margin),
+        "recipe": run.recipe.model_dump(mode="json"),
+        "data": results["data"],
+        "model": results["float"].get("model"),
+        "variants": variants,
+        "training": {
+            name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")
+        },
+        "plan": results["qat"].get("plan") or results["ptq"].get("plan"),
+        "steps": [{key: value for key, value in step.items() if key != "result"} for step in run.steps],
+        "environment": environment(),
+    }
+
+
+def environment() -> dict:
+    """Versions of everything that decides a result, and the machine."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **versions, "machine": host.describe_machine()}

@@ -1,0 +1,323 @@
+"""From a float Keras model to its quantized twin and back: `quantize_model`, the annotate/apply pair, `strip`.
+
+The quantized model is an ordinary functional Keras model with one `QuantizeWrapper` per runtime operator.  It is
+saved as the float model's configuration plus the options it was quantized with, and rebuilt by the same code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+from mobileqat import graph as graphs
+from mobileqat.errors import CalibrationError, ModelError
+from mobileqat.fakequant import FakeQuantize
+from mobileqat.lowering import lower
+from mobileqat.plan import QuantPlan, make_plan
+from mobileqat.rules import Output, find_rule
+from mobileqat.schemes import Scheme, get_scheme
+from mobileqat.wrappers import QuantizeWrapper
+
+
+@keras.saving.register_keras_serializable("mobileqat")
+class QuantizedModel(keras.Model):
+    """A functional Keras model that computes on integer grids.  Made by `quantize_model`; do not construct it.
+
+    Attributes:
+        plan: the `QuantPlan` it was built from.
+    """
+
+    @property
+    def operators(self) -> dict[str, QuantizeWrapper]:
+        """The wrappers by operator name, in execution order."""
+        wrappers = {w.operator.name: w for w in self.layers if isinstance(w, QuantizeWrapper)}
+        return {op.name: wrappers[op.name] for op in self.plan.operators}
+
+    @property
+    def quantizers(self) -> dict[str, FakeQuantize]:
+        """The activation quantizer of every tensor that has a grid."""
+        found = dict(self._input_quantizers())
+        for name, wrapper in self.operators.items():
+            if wrapper.output_quantizer is not None:
+                found[wrapper.operator.output] = wrapper.output_quantizer
+        return found
+
+    def _input_quantizers(self):
+        for layer in self.layers:
+            if isinstance(layer, FakeQuantize):
+                for node in layer._inbound_nodes:
+                    yield node.input_tensors[0]._keras_history.operation.name, layer
+
+    def unobserved(self) -> list[str]:
+        """Tensors whose range is not known yet."""
+        return [
+            name
+            for name, quantizer in self.quantizers.items()
+            if quantizer.is_learned and name in quantizer.members
+            for row in [quantizer.members.index(name)]
+            if not float(quantizer.range_weight[row]) > 0
+        ]
+
+    def call(self, inputs, training=None, mask=None):
+        if not training and not isinstance(tf.nest.flatten(inputs)[0], keras.KerasTensor):
+            self._require_ranges()
+        return super().call(inputs, training=training, mask=mask)
+
+    def _require_ranges(self) -> None:
+        with tf.init_scope():  # reads the variables now, also while a function is being traced
+            missing = self.unobserved() if tf.executing_eagerly() else []
+        if missing:
+            raise CalibrationError(
+                f"Model '{self.name}' has no ranges yet for {len(missing)} activation tensors, the first "
+                f"'{missing[0]}'. Run mobileqat.calibrate(model, data), or train for at least one step."
+            )
+
+    def get_config(self):
+        return {"float_model": self._float_config, "options": self._options, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        float_model = keras.saving.deserialize_keras_object(
+            config["float_model"], custom_objects=custom_objects
+        )
+        return quantize_model(float_model, **config["options"], name=config["name"])
+
+
+def quantize_model(
+    model: keras.Model,
+    scheme: str | Scheme = "w8a8",
+    *,
+    exclude: Sequence[str] = (),
+    input_range: Sequence[float] | None = None,
+    ema_decay: float = 0.99,
+    name: str | None = None,
+) -> QuantizedModel:
+    """Makes the quantized twin of a float model.
+
+    Args:
+        model: a built functional or sequential Keras 3 model, which is left untouched.
+        scheme: a name in `mobileqat.schemes.SCHEMES`.
+        exclude: patterns of layer paths that stay in float, such as `"head/*"`.
+        input_range: `(minimum, maximum)` of the input data when it is known, such as (0, 255) for pixels; its grid
+            is then fixed and exact. None learns it like any other range.
+        ema_decay: decay per step of the moving averages that follow activation ranges in training.
+        name: of the new model; "quantized_" and the model's name by default.
+
+    Returns:
+        A new model with copies of the weights, to be calibrated or trained, then converted.
+
+    Raises:
+        UnsupportedModelError: layers that the integer runtime cannot execute, all of them with what to do.
+
+    Example:
+        >>> q = quantize_model(model)
+        >>> mobileqat.calibrate(q, x_train[:512])
+        >>> q.compile("adam", "sparse_categorical_crossentropy"); q.fit(x_train, y_train)
+        >>> flatbuffer = mobileqat.convert(q)
+    """
+    if isinstance(model, QuantizedModel):
+        raise ModelError(f"Model '{model.name}' is quantized already.")
+    scheme = get_scheme(scheme)
+    pinned = tuple(float(bound) for bound in input_range) if input_range is not None else None
+    if pinned is not None and not pinned[0] < pinned[1]:
+        raise ModelError(
+            f"input_range must be (minimum, maximum) with minimum < maximum. Received: {input_range}"
+        )
+    graph = graphs.read(model)
+    lowered = lower(graph, graph.inputs if pinned else ())
+    plan = make_plan(lowered, scheme, tuple(exclude))
+    quantized = _build(lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}")
+    quantized._float_config = keras.saving.serialize_keras_object(model)
+    quantized._options = {
+        "scheme": scheme.name,
+        "exclude": list(exclude),
+        "input_range": pinned and list(pinned),
+        "ema_decay": ema_decay,
+    }
+    quantized.plan = plan
+    return quantized
+
+
+def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str) -> QuantizedModel:
+    layers = {node.path: node.layer for node in lowered.nodes}
+    quantizers = _make_quantizers(plan, pinned, ema_decay)
+
+    def quantizer(tensor):
+        planned = plan.tensors[tensor]
+        return quantizers[planned.group] if planned.spec else None
+
+    inputs, values = [], {}
+    for tensor in plan.inputs:
+        info = lowered.tensors[tensor]
+        inputs.append(keras.Input(info.shape[1:], name=tensor, dtype=info.dtype))
+        values[tensor] = (
+            inputs[-1] if quantizer(tensor) is None else quantizer(tensor)(inputs[-1], member=tensor)
+        )
+    for operator in plan.operators:
+        planned = plan.tensors[operator.output]
+        wrapper = QuantizeWrapper(
+            operator,
+            layers[operator.name],
+            layers.get(operator.batch_norm),
+            layers.get(operator.activation),
+            plan.scheme.weights
+            if operator.quantized and find_rule(layers[operator.name]).has_kernel
+            else None,
+            tuple(quantizer(tensor) for tensor in operator.inputs),
+            quantizer(operator.output),
+            operator.output if planned.output is Output.OWN else None,
+            operator.output in plan.outputs,
+            name=_layer_name("quant", operator.name),
+        )
+        arguments = [values[tensor] for tensor in operator.inputs]
+        values[operator.output] = wrapper(arguments if len(arguments) > 1 else arguments[0])
+    outputs = [values[tensor] for tensor in plan.outputs]
+    return QuantizedModel(
+        inputs=inputs if len(inputs) > 1 else inputs[0],
+        outputs=outputs if len(outputs) > 1 else outputs[0],
+        name=name,
+    )
+
+
+def _layer_name(prefix: str, path: str) -> str:
+    """A path as a Keras layer name: "block/conv@2" -> "quant_block.conv.2"; TensorFlow scopes allow little else."""
+    return f"{prefix}_{re.sub(r'[^A-Za-z0-9_.-]', '.', path)}"
+
+
+def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float) -> dict[str, FakeQuantize]:
+    """One `FakeQuantize` per group of tensors that share their parameters."""
+    quantizers = {}
+    for tensor in plan.tensors.values():
+        if tensor.spec is None or tensor.group in quantizers:
+            continue
+        group = [other for other in plan.tensors.values() if other.group == tensor.group]
+        fixed = next((other.fixed for other in group if other.output is Output.FIXED), None)
+        is_pinned = pinned is not None and any(other.name in plan.inputs for other in group)
+        quantizers[tensor.group] = FakeQuantize(
+            tensor.spec,
+            () if fixed or is_pinned else plan.members(tensor.group),
+            fixed,
+            pinned if is_pinned else None,
+            ema_decay,
+            name=_layer_name("range", tensor.group),
+        )
+    return quantizers
+
+
+# ------------------------------------------------------------------ annotate and apply, as in TFMOT
+
+
+@keras.saving.register_keras_serializable("mobileqat")
+class QuantizeAnnotate(keras.layers.Wrapper):
+    """Marks a layer for `quantize_apply`; computes what the layer computes."""
+
+    def __init__(self, layer, **kwargs):
+        kwargs.setdefault("name", f"annotated_{layer.name}")
+        super().__init__(layer, **kwargs)
+
+    def call(self, inputs, training=None):
+        arguments = {"training": training} if self.layer._call_has_training_arg else {}
+        return self.layer(inputs, **arguments)
+
+    def compute_output_shape(self, input_shape):
+        return self.layer.compute_output_shape(input_shape)
+
+
+def quantize_annotate_layer(layer: keras.layers.Layer) -> QuantizeAnnotate:
+    """Marks one layer to be quantized by `quantize_apply`; the layers not marked stay in float.
+
+    Example:
+        >>> model = keras.Sequential([keras.Input((28, 28, 1)), quantize_annotate_layer(keras.layers.Conv2D(8, 3)),
+        ...                           keras.layers.Flatten()])
+        >>> q = quantize_apply(model)
+    """
+    if isinstance(layer, keras.Model):
+        raise ModelError(
+            f"'{layer.name}' is a model. Mark it with quantize_annotate_model, or mark its layers."
+        )
+    return QuantizeAnnotate(layer)
+
+
+def quantize_annotate_model(model: keras.Model) -> keras.Model:
+    """A copy of a functional or sequential model with every layer marked."""
+    return _clone(model, QuantizeAnnotate, skip=QuantizeAnnotate)
+
+
+def quantize_apply(model: keras.Model, scheme: str | Scheme = "w8a8", **options) -> QuantizedModel:
+    """Quantizes the marked layers of an annotated model, and no others.
+
+    Args:
+        model: has layers marked by `quantize_annotate_layer` or `quantize_annotate_model`.
+        scheme: as for `quantize_model`, like the other options.
+
+    Raises:
+        ModelError: no layer is marked.
+    """
+    marked = {layer.layer.name for layer in model.layers if isinstance(layer, QuantizeAnnotate)}
+    if not marked:
+        raise ModelError(
+            f"Model '{model.name}' has no annotated layer. Mark layers with quantize_annotate_layer, or quantize "
+            "the whole model with quantize_model."
+        )
+    plain = _clone(model, lambda layer: layer.layer, skip=None)
+    unmarked = [layer.name for layer in plain.layers if layer.name not in marked and not _is_input(layer)]
+    return quantize_model(plain, scheme, exclude=(*options.pop("exclude", ()), *unmarked), **options)
+
+
+def _is_input(layer) -> bool:
+    return isinstance(layer, keras.layers.InputLayer)
+
+
+def _clone(model, convert, skip):
+    """Clones a model, passing a copy of each layer through `convert`, with the same weights."""
+
+    def clone_layer(layer):
+        copy = layer.__class__.from_config(layer.get_config())
+        if _is_input(layer) or (skip and isinstance(layer, skip)):
+            return copy
+        if skip is None and not isinstance(layer, QuantizeAnnotate):
+            return copy
+        return convert(copy)
+
+    clone = keras.models.clone_model(model, clone_function=clone_layer)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+# ------------------------------------------------------------------ and back
+
+
+def strip(model: QuantizedModel) -> keras.Model:
+    """The float model, as it was given to `quantize_model`, with the trained master weights.
+
+    Args:
+        model: a quantized model; it is left untouched.
+
+    Returns:
+        A new model of the original architecture: no wrapper, no fake quantization.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(
+            f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'."
+        )
+    float_model = keras.saving.deserialize_keras_object(model._float_config)
+    trained = {node: layer for wrapper in model.operators.values() for node, layer in _wrapped(wrapper)}
+    for node in lower(graphs.read(float_model)).nodes:
+        for source, variable in zip(
+            node.sources, trained[node.path].weights if node.sources else (), strict=True
+        ):
+            source.assign(variable)
+    return float_model
+
+
+def _wrapped(wrapper: QuantizeWrapper):
+    """The layers inside a wrapper with the paths of their nodes."""
+    operator = wrapper.operator
+    yield operator.name, wrapper.layer
+    if operator.batch_norm:
+        yield operator.batch_norm, wrapper.batch_norm
+    if operator.activation:
+        yield operator.activation, wrapper.activation

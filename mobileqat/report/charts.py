@@ -1,0 +1,362 @@
+"""The charts of the page as inline SVG, each the answer to a question and with its content in words.
+
+matplotlib draws with placeholder colours; the SVG then gets the page's CSS variables (`currentColor` for text and
+axes), so that it follows dark mode, and is 400 px wide, so that its text stays readable on a phone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from mobileqat.report import formats
+from mobileqat.report.results import (
+    VARIANTS,
+    accuracy,
+    difference_points,
+    latency_ms,
+    latency_records,
+    number,
+    present_variants,
+    standard_error_points,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_WIDTH = 400  # px
+_INK = "#010203"
+_COLOURS = {"float": "#010204", "ptq": "#010205", "qat": "#010206"}
+_CSS_COLOURS = {_INK: "currentColor", **{colour: f"var(--{name})" for name, colour in _COLOURS.items()}}
+_MARKERS = {"float": "s", "ptq": "o", "qat": "D"}
+_MOST_CLASSES = 12
+_LABEL_CHARACTERS = 20
+_STYLE = {
+    "svg.fonttype": "none",  # text stays text
+    "text.parse_math": False,  # "$" in the name of a class is a "$"
+    "font.size": 11,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.formatter.useoffset": False,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "grid.color": _INK,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure.
+
+    Attributes:
+        svg: markup, safe to insert; labelled with `description`.
+        caption: how to read it.
+        description: the content in words, for those who do not see it.
+    """
+
+    name: str
+    title: str
+    svg: str
+    caption: str
+    description: str
+
+
+def draw_charts(results: Mapping[str, Any]) -> list[Chart]:
+    """Every chart that `results` has the data for."""
+    drawings = (_draw_accuracy, _draw_classes, _draw_qat_training, _draw_float_training, _draw_latency)
+    with _style():
+        return [chart for draw in drawings if (chart := draw(results))]
+
+
+@contextlib.contextmanager
+def _style() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
+        # Only widths are estimated with matplotlib's font; the browser draws the glyphs with one that has them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+# --- the charts
+
+
+def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
+    variants = {n: v for n, v in present_variants(results.get("variants")).items() if accuracy(v) is not None}
+    if not variants:
+        return None
+    figure, axes = _canvas(height=70 + 40 * len(variants))
+    words = []
+    for row, (name, variant) in enumerate(variants.items()):
+        value = 100 * _known(accuracy(variant))
+        interval = 1.96 * (standard_error_points(value / 100, number(variant, "accuracy", "samples")) or 0)
+        axes.errorbar(
+            value, row, xerr=interval, fmt=_MARKERS[name], ms=7, color=_COLOURS[name], elinewidth=1.2
+        )
+        simulation = number(variant, "accuracy", "simulation")
+        if simulation is not None:
+            axes.plot(100 * simulation, row, _MARKERS[name], ms=11, mfc="none", mec=_COLOURS[name], mew=1)
+        axes.annotate(
+            formats.percent(value / 100), (value, row), (0, 9), textcoords="offset points", ha="center"
+        )
+        words.append(f"{VARIANTS[name]} {formats.percent(value / 100)} ± {interval:.2f} points")
+    _label_rows(axes, [VARIANTS[name] for name in variants])
+    axes.set_ylim(len(variants) - 0.5, -0.7)
+    axes.margins(x=0.12)
+    axes.set_xlabel("accuracy, %")
+    return _chart(
+        figure,
+        "accuracy",
+        "What does quantization cost?",
+        "Accuracy of each file in the interpreter, with its binomial 95 % interval. Outline: Keras simulation. "
+        "The axis does not start at zero.",
+        f"Accuracy in the interpreter: {'; '.join(words)}.",
+    )
+
+
+def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
+    differences = class_differences(results.get("variants"))
+    if not differences:
+        return None
+    largest = sorted(differences, key=lambda row: -max(abs(d) for d in row[1].values()))[:_MOST_CLASSES]
+    figure, axes = _canvas(height=95 + 20 * len(largest))
+    names = [name for name in VARIANTS if any(name in row for _, row in largest)]
+    axes.axvline(0, color=_INK, lw=0.8)
+    for name in names:
+        places = [(row[name], place) for place, (_, row) in enumerate(largest) if name in row]
+        axes.plot(
+            *zip(*places, strict=True), _MARKERS[name], ms=6, color=_COLOURS[name], label=VARIANTS[name]
+        )
+    _label_rows(axes, [_shortened(label) for label, _ in largest])
+    axes.set_ylim(len(largest) - 0.5, -0.5)
+    axes.set_xlabel("difference to float, points")
+    figure.legend(loc="outside lower center", ncols=len(names))
+    shown = (
+        f"The {len(largest)} of {len(differences)} classes" if len(differences) > len(largest) else "Classes"
+    )
+    words = (
+        f"{label} " + ", ".join(f"{VARIANTS[n]} {formats.points(d)}" for n, d in row.items())
+        for label, row in largest
+    )
+    return _chart(
+        figure,
+        "classes",
+        "Which classes pay?",
+        f"{shown} by size of the change in accuracy against float.",
+        f"Difference to float in points, by class: {'; '.join(words)}.",
+    )
+
+
+def class_differences(variants: Mapping[str, Any] | None) -> list[tuple[str, dict[str, float]]]:
+    """(class, {variant: points against float}) in the order of the classes."""
+    shares = {
+        name: {row["class"]: row["accuracy"] for row in variant.get("per_class") or []}
+        for name, variant in present_variants(variants).items()
+    }
+    reference = shares.pop("float", {})
+    rows = []
+    for label, share in reference.items():
+        found = {name: difference_points(other.get(label), share) for name, other in shares.items()}
+        known = {name: difference for name, difference in found.items() if difference is not None}
+        if known:
+            rows.append((label, known))
+    return rows
+
+
+def _draw_qat_training(results: Mapping[str, Any]) -> Chart | None:
+    training = results.get("training") or {}
+    levels = {"float": _final_validation(training.get("float")), "ptq": _initial(training.get("qat"))}
+    return _draw_training(
+        training.get("qat"),
+        "qat",
+        {name: level for name, level in levels.items() if level is not None},
+        "What did QAT gain?",
+        "Validation accuracy of the quantized simulation after each epoch; epoch 0 is PTQ.",
+    )
+
+
+def _draw_float_training(results: Mapping[str, Any]) -> Chart | None:
+    history = (results.get("training") or {}).get("float")
+    caption = "Validation accuracy of the float model after each epoch."
+    return _draw_training(history, "float", {}, "Had float training converged?", caption)
+
+
+def _draw_training(
+    history: Mapping[str, Any] | None, name: str, levels: Mapping[str, float], title: str, caption: str
+) -> Chart | None:
+    epochs = (history or {}).get("epochs") or []
+    curve = {row["epoch"]: value for row in epochs if (value := number(row, "val_accuracy")) is not None}
+    if not curve:
+        return None
+    from matplotlib.ticker import MaxNLocator
+
+    before = _initial(history)
+    if before is not None:
+        curve = {0: before, **curve}
+    training = {row["epoch"]: value for row in epochs if (value := number(row, "accuracy")) is not None}
+    figure, axes = _canvas(height=260)
+    colour = _COLOURS[name]
+    if training:
+        axes.plot(
+            list(training),
+            _percents(training),
+            ":",
+            lw=1.2,
+            color=colour,
+            label=f"{VARIANTS[name]}, training data",
+        )
+    axes.plot(list(curve), _percents(curve), "-o", ms=4, color=colour, label=f"{VARIANTS[name]}, validation")
+    for level, style in zip(levels, ("--", "-."), strict=False):
+        label = f"{VARIANTS[level]}, validation"
+        axes.axhline(100 * levels[level], ls=style, lw=1.3, color=_COLOURS[level], label=label)
+    best = number(history, "best_epoch")
+    words = [f"{VARIANTS[level]} {formats.percent(value)}" for level, value in levels.items()]
+    words += [f"epoch {epoch} {formats.percent(value)}" for epoch, value in curve.items()]
+    if best in curve:
+        axes.plot(best, 100 * curve[best], "o", ms=11, mfc="none", mec=colour, mew=1.2)
+        words.append(f"best epoch {best}")
+        caption += f" Ring: the epoch that was kept, {best}."
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.grid(axis="y")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("accuracy, %")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=10)
+    return _chart(figure, f"training-{name}", title, caption, f"Validation accuracy: {'; '.join(words)}.")
+
+
+def _initial(history: Mapping[str, Any] | None) -> float | None:
+    return number(history, "initial_val_accuracy")
+
+
+def _final_validation(history: Mapping[str, Any] | None) -> float | None:
+    """Of the kept epoch, else the last; of the model as it came when it was not trained."""
+    epochs = (history or {}).get("epochs") or []
+    if not epochs:
+        return _initial(history)
+    best = number(history, "best_epoch")
+    kept = next((row for row in epochs if row.get("epoch") == best), epochs[-1])
+    return number(kept, "val_accuracy")
+
+
+def _draw_latency(results: Mapping[str, Any]) -> Chart | None:
+    variants = present_variants(results.get("variants"))
+    keys = dict.fromkeys(key for variant in variants.values() for key in latency_records(variant))
+    bars = [
+        (name, key, median)
+        for key in keys
+        for name in variants
+        if (median := latency_ms(variants[name], key)) is not None
+    ]
+    if not bars:
+        return None
+    figure, axes = _canvas(height=60 + 30 * len(bars))
+    longest = max(max(median, latency_ms(variants[n], key, "p90") or 0) for n, key, median in bars)
+    for row, (name, key, median) in enumerate(bars):
+        p90 = latency_ms(variants[name], key, "p90") or median
+        axes.barh(row, median, 0.6, color=_COLOURS[name])
+        axes.plot([median, p90], [row, row], "-|", color=_INK, lw=1, ms=7)
+        axes.annotate(
+            formats.milliseconds(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline"
+        )
+    several = len(keys) > 1
+    labels = [f"{VARIANTS[n]}, {formats.threads(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
+    _label_rows(axes, labels)
+    axes.set_ylim(len(bars) - 0.5, -0.5)
+    axes.set_xlim(0, 1.3 * longest)
+    axes.set_xlabel("latency, ms")
+    where = "" if several else f" ({formats.threads(*next(iter(keys)))})"
+    words = (f"{label} {formats.milliseconds(bar[2])}" for label, bar in zip(labels, bars, strict=True))
+    return _chart(
+        figure,
+        "latency",
+        "Is it faster?",
+        f"One inference on this machine{where}. Bar: median. Tick: 90th percentile.",
+        f"Median latency: {'; '.join(words)}.",
+    )
+
+
+# --- drawing
+
+
+def _canvas(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")  # the SVG's unit is 1/72 inch
+    return figure, figure.subplots()
+
+
+def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _percents(curve: Mapping[int, float]) -> list[float]:
+    return [100 * value for value in curve.values()]
+
+
+def _shortened(label: str) -> str:
+    label = _printable(label)
+    return label if len(label) <= _LABEL_CHARACTERS else f"{label[: _LABEL_CHARACTERS - 1]}…"
+
+
+def _printable(text: str) -> str:
+    """Names of folders can hold characters that XML cannot."""
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def _chart(figure: Figure, name: str, title: str, caption: str, description: str) -> Chart:
+    return Chart(name, title, _to_svg(figure, name, description), caption, description)
+
+
+def _to_svg(figure: Figure, name: str, description: str) -> str:
+    """SVG to stand inside HTML: no namespaces, metadata or global styles, and ids that are unique in the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):
+                parent.remove(child)
+    referenced = set(re.findall(r"#([\w-]+)", " ".join(v for e in root.iter() for v in e.attrib.values())))
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        attributes = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
+        if attributes.get("id") not in referenced:
+            attributes.pop("id", None)
+        element.attrib.clear()
+        element.attrib.update({key: _in_page(key, value, name) for key, value in attributes.items()})
+    for attribute in ("width", "height", "version"):
+        root.attrib.pop(attribute, None)
+    root.attrib.update({"role": "img", "aria-label": _printable(description)})
+    return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
+
+
+def _in_page(key: str, value: str, name: str) -> str:
+    """An attribute's value with the page's colours, and with ids that belong to this chart."""
+    for colour, css in _CSS_COLOURS.items():
+        value = value.replace(colour, css)
+    if key == "id":
+        return f"{name}-{value}"
+    return re.sub(r"^#|(?<=url\()#", f"#{name}-", value) if key == "href" or "url(" in value else value

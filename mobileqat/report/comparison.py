@@ -1,0 +1,91 @@
+"""The rows of the table that puts float, PTQ and QAT side by side, for the console and for the page."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mobileqat.report import formats
+from mobileqat.report.results import (
+    accuracy,
+    difference_points,
+    latency_ms,
+    latency_records,
+    lookup,
+    number,
+    present_variants,
+    ratio,
+)
+
+Variant = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of every variant.
+
+    Attributes:
+        cells: one per present variant, with units.
+        is_detail: whether the row refines the one above it.
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    is_detail: bool = False
+
+
+def comparison_rows(variants: Mapping[str, Variant] | None) -> list[Row]:
+    """The rows that have at least one value."""
+    columns = present_variants(variants)
+    rows = [
+        Row(label, tuple(cell(variant) for variant in columns.values()), is_detail)
+        for label, cell, is_detail in _quantities(columns)
+    ]
+    return [row for row in rows if set(row.cells) != {formats.MISSING}]
+
+
+def _quantities(columns: Mapping[str, Variant]) -> Iterator[tuple[str, Callable[[Variant], str], bool]]:
+    """(label, cell of a variant, is a detail)."""
+    reference = columns.get("float", {})
+    others = {name for name, variant in columns.items() if variant is not reference}
+
+    def beside_float(quantity: Callable[[Variant], str]) -> Callable[[Variant], str]:
+        return lambda variant: quantity(variant) if variant is not reference else formats.MISSING
+
+    yield "Accuracy, interpreter", lambda v: formats.percent(accuracy(v)), False
+    yield "simulation", lambda v: formats.percent(number(v, "accuracy", "simulation")), True
+    if others:
+        points = beside_float(lambda v: formats.points(difference_points(accuracy(v), accuracy(reference))))
+        yield "difference to float, points", points, True
+        agreement = beside_float(lambda v: formats.percent(number(v, "agreement_with_float")))
+        yield "same class as float", agreement, True
+    yield "Size", lambda v: formats.kilobytes(number(v, "size_bytes")), False
+    size = number(reference, "size_bytes")
+    yield "ratio to float", lambda v: formats.factor(ratio(number(v, "size_bytes"), size)), True
+    keys = dict.fromkeys(key for variant in columns.values() for key in latency_records(variant))
+    for key in keys:
+        yield from _latency_quantities(key, reference)
+    yield "Fully integer", _fully_integer, False
+    yield "Parity with the simulation", _parity, False
+
+
+def _latency_quantities(
+    key: tuple[str, int], reference: Variant
+) -> Iterator[tuple[str, Callable[[Variant], str], bool]]:
+    def slower(variant: Variant) -> float | None:
+        return ratio(latency_ms(variant, key), latency_ms(reference, key))
+
+    def memory(variant: Variant) -> float | None:
+        return number(latency_records(variant).get(key), "peak_memory_bytes")
+
+    yield f"Latency, {formats.threads(*key)}", lambda v: formats.milliseconds(latency_ms(v, key)), False
+    yield "90th percentile", lambda v: formats.milliseconds(latency_ms(v, key, "p90")), True
+    yield "ratio to float", lambda v: formats.factor(slower(v)), True
+    yield "peak memory", lambda v: formats.megabytes(memory(v)), True
+
+
+def _fully_integer(variant: Variant) -> str:
+    return {True: "yes", False: "no"}.get(lookup(variant, "inspection", "fully_integer"), formats.MISSING)
+
+
+def _parity(variant: Variant) -> str:
+    return {True: "passed", False: "failed"}.get(lookup(variant, "parity", "passed"), formats.MISSING)

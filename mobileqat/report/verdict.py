@@ -1,0 +1,195 @@
+"""Which file to ship, and whether QAT was worth it over PTQ.
+
+An integer file is preferred, whatever it costs; one that fails inspection or parity cannot ship.  QAT must beat
+PTQ by more than a margin: below it the simpler file ships.  The margin is the rule; the binomial standard error
+of the difference, `100 * sqrt(p (1 - p) / n + q (1 - q) / m)` points, is stated beside it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mobileqat.report.formats import percent, threads
+from mobileqat.report.results import (
+    VARIANTS,
+    accuracy,
+    difference_points,
+    file_name,
+    latency_ms,
+    latency_records,
+    lookup,
+    number,
+    present_variants,
+    ratio,
+    standard_error_points,
+)
+
+# A loss against float above this many points is said in the headline.
+NOTABLE_LOSS_POINTS = 1.0
+
+
+def decide(variants: Mapping[str, Any], margin_points: float) -> dict[str, Any]:
+    """The verdict on one run.
+
+    Args:
+        variants: `results["variants"]`: "float", "ptq", "qat", of which any may be missing.
+        margin_points: QAT ships only if its accuracy exceeds that of PTQ by more than this, in percentage points.
+
+    Returns:
+        "ship": "qat", "ptq", "float" or None (nothing was evaluated); "file"; "headline"; "reasons", sentences;
+        "qat_worth_it": None unless both integer files can ship.
+    """
+    variants = present_variants(variants)
+    obstacles = {name: list(_obstacles(name, variants[name])) for name in ("ptq", "qat") if name in variants}
+    able = [name for name, found in obstacles.items() if not found]
+    blocked = [f"{reason}." for found in obstacles.values() for reason in found]
+    gain = _gain(variants) if len(able) == 2 else None
+    worth_it = None if gain is None else gain > margin_points
+    ship = ("qat" if worth_it else "ptq") if len(able) == 2 else able[0] if able else "float"
+    if accuracy(variants.get(ship)) is None:
+        headline = "No verdict: no file was evaluated."
+        return {"ship": None, "file": None, "headline": headline, "qat_worth_it": None, "reasons": blocked}
+    reasons = [*_gain_reasons(variants, gain, margin_points), *_absences(variants), *blocked]
+    return {
+        "ship": ship,
+        "file": file_name(ship, variants[ship]),
+        "headline": _headline(ship, variants, obstacles, gain, margin_points),
+        "qat_worth_it": worth_it,
+        "reasons": [*reasons, *_reservations(ship, variants)],
+    }
+
+
+def _obstacles(name: str, variant: Mapping[str, Any]) -> Iterator[str]:
+    """Why an integer file cannot ship."""
+    file, inspection, parity = file_name(name, variant), variant.get("inspection"), variant.get("parity")
+    if not inspection:
+        yield f"{file} cannot ship, it was not inspected"
+    elif not inspection.get("fully_integer"):
+        yield f"{file} cannot ship, it is not fully integer{_first_problem(inspection)}"
+    if parity and not parity.get("passed"):
+        yield f"{file} cannot ship, it does not match its simulation{_first_problem(parity)}"
+    if accuracy(variant) is None:
+        yield f"{file} cannot ship, it was not evaluated"
+
+
+def _first_problem(check: Mapping[str, Any]) -> str:
+    problems = check.get("problems") or []
+    return f": {problems[0].rstrip('.')}" if problems else ""
+
+
+def _gain(variants: Mapping[str, Any]) -> float | None:
+    return difference_points(accuracy(variants.get("qat")), accuracy(variants.get("ptq")))
+
+
+def _gain_reasons(variants: Mapping[str, Any], gain: float | None, margin_points: float) -> Iterator[str]:
+    if gain is None:
+        return
+    qat, ptq = variants["qat"], variants["ptq"]
+    relation = "more than" if gain > margin_points else "not more than"
+    yield (
+        f"QAT reaches {percent(accuracy(qat))} and PTQ {percent(accuracy(ptq))}: {_more_or_less(gain)}, "
+        f"{relation} the margin of {margin_points:.2f}."
+    )
+    errors = [standard_error_points(accuracy(v), number(v, "accuracy", "samples")) for v in (qat, ptq)]
+    if None in errors:
+        return
+    error = math.hypot(*(value for value in errors if value is not None))
+    size = "larger than" if abs(gain) > error else "within"
+    yield (
+        f"The standard error of that difference is {error:.2f} points (binomial, {qat['accuracy']['samples']:,} "
+        f"samples, files taken as independent): the difference is {size} one standard error."
+    )
+
+
+def _more_or_less(gain: float) -> str:
+    if round(gain, 2) == 0:
+        return "no difference"
+    return f"{abs(gain):.2f} points {'more' if gain > 0 else 'less'}"
+
+
+def _absences(variants: Mapping[str, Any]) -> Iterator[str]:
+    for name in ("ptq", "qat"):
+        if name not in variants:
+            yield f"The run has no {VARIANTS[name]} file."
+
+
+def _reservations(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
+    """What to know about the file that ships."""
+    file = file_name(ship, variants[ship])
+    losses = {name: _loss(name, variants) for name in ("ptq", "qat")}
+    large = [f"{VARIANTS[n]} {loss:.2f}" for n, loss in losses.items() if loss and loss > NOTABLE_LOSS_POINTS]
+    if large:
+        yield f"Loses more than {NOTABLE_LOSS_POINTS:.2f} point against float: {', '.join(large)} points."
+    if ship == "float":
+        return
+    if not variants[ship].get("parity"):
+        yield f"{file} was not compared with its simulation."
+    for problem in lookup(variants[ship], "inspection", "problems") or []:
+        yield f"{file}: {problem}"
+
+
+def _loss(name: str, variants: Mapping[str, Any]) -> float | None:
+    return difference_points(accuracy(variants.get("float")), accuracy(variants.get(name)))
+
+
+def _headline(
+    ship: str,
+    variants: Mapping[str, Any],
+    obstacles: Mapping[str, list[str]],
+    gain: float | None,
+    margin_points: float,
+) -> str:
+    file = file_name(ship, variants[ship])
+    if ship == "float":
+        names = ", ".join(file_name(name, variants[name]) for name in obstacles)
+        why = f"no integer file passed its checks ({names})" if names else "the run has no integer file"
+        return f"Ship {file}: {percent(accuracy(variants[ship]))}; {why}."
+    loss = _loss(ship, variants)
+    warning = ""
+    if loss is not None and loss > NOTABLE_LOSS_POINTS:
+        warning = f", but it loses {loss:.2f} points against float"
+    facts = [percent(accuracy(variants[ship])), *_ratios_to_float(ship, variants)]
+    if not warning and loss is not None:
+        facts.insert(1, _beside_float(loss))
+    return f"Ship {file}{warning}: {', '.join(facts)}{_alternative(ship, variants, obstacles, gain, margin_points)}."
+
+
+def _beside_float(loss: float) -> str:
+    if round(loss, 2) == 0:
+        return "equal to float"
+    return f"{abs(loss):.2f} points {'below' if loss > 0 else 'above'} float"
+
+
+def _ratios_to_float(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
+    shipped, reference = variants[ship], variants.get("float")
+    size = ratio(number(shipped, "size_bytes"), number(reference, "size_bytes"))
+    if size is not None:
+        yield f"{100 * size:.0f} % of the size"
+    for key in latency_records(shipped):
+        speed = ratio(latency_ms(reference, key), latency_ms(shipped, key))
+        if speed is not None:
+            yield f"{_speed(speed)} ({threads(*key)})"
+            return
+
+
+def _speed(speed: float) -> str:
+    if f"{speed:.2f}" == "1.00":
+        return "as fast as float"
+    return f"{speed:.2f}x faster than float" if speed > 1 else f"{1 / speed:.2f}x slower than float"
+
+
+def _alternative(
+    ship: str,
+    variants: Mapping[str, Any],
+    obstacles: Mapping[str, list[str]],
+    gain: float | None,
+    margin_points: float,
+) -> str:
+    """What the other integer file would have meant."""
+    if gain is not None and ship == "qat":
+        return f"; QAT gains {gain:.2f} points over PTQ"
+    if gain is not None:
+        within = f", within the margin of {margin_points:.2f}" if gain > 0 else ""
+        return f"; QAT was not needed ({_more_or_less(gain)}{within})"
+    failed = [file_name(name, variants[name]) for name, found in obstacles.items() if found]
+    return f"; {failed[0]} did not pass its checks" if failed else ""

@@ -1,0 +1,69 @@
+"""Bit widths and grids as data: what a quantized tensor looks like, and the named schemes that recipes choose.
+
+A grid is fixed by `QuantSpec` (how many bits, symmetric or not) and, once ranges are known, by a scale and a zero
+point: real = scale * (integer - zero_point).  Changing precision is changing a value here, never a class.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from mobileqat.errors import MobileQatError
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """The integer grid of one tensor, before its range is known.
+
+    Args:
+        bits: width of the stored integer, 2 to 16.
+        symmetric: the zero point is 0 and the grid is [-qmax, qmax] (LiteRT's rule for weights and for int16
+            activations); otherwise [-2**(bits-1), 2**(bits-1) - 1] with any zero point (int8 activations).
+        per_channel: one scale per output channel instead of one for the tensor.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    per_channel: bool = False
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 16:
+            raise ValueError(f"bits must be between 2 and 16. Received: bits={self.bits}")
+
+    @property
+    def qmax(self) -> int:
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        return -self.qmax if self.symmetric else -self.qmax - 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a model is quantized: one spec for weights, one for activations."""
+
+    name: str
+    weights: QuantSpec
+    activations: QuantSpec
+
+
+SCHEMES: dict[str, Scheme] = {
+    "w8a8": Scheme("w8a8", QuantSpec(8, symmetric=True, per_channel=True), QuantSpec(8)),
+}
+
+
+def get_scheme(scheme: str | Scheme) -> Scheme:
+    """The scheme of that name; a `Scheme` is returned as it is.
+
+    Raises:
+        MobileQatError: no scheme has that name.
+    """
+    if isinstance(scheme, Scheme):
+        return scheme
+    if scheme in SCHEMES:
+        return SCHEMES[scheme]
+    near = difflib.get_close_matches(str(scheme), SCHEMES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise MobileQatError(f"Unknown scheme {scheme!r}. Expected one of: {', '.join(SCHEMES)}.{hint}")

@@ -1,0 +1,279 @@
+"""Training: one `fit` for float models and quantized ones, and the schedule that makes it quantization-aware.
+
+The schedule of a quantized model freezes activation ranges and BatchNormalization statistics late in training, so
+that the last epochs train exactly the function that is shipped.  Validation runs the integer arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import ops
+
+from mobileqat.data import Dataset, augment_images
+from mobileqat.errors import TrainingError
+from mobileqat.quantize import QuantizedModel
+from mobileqat.recipe import Augment, QatTraining, Training
+
+
+@dataclass(frozen=True)
+class History:
+    """What a training did.
+
+    Args:
+        epochs: one dict per epoch: epoch, loss, accuracy, val_loss, val_accuracy, learning_rate, seconds.
+        initial_val_accuracy: validation accuracy before the first step.
+        best_epoch: the epoch whose weights were kept; 0 for the ones before training, None for the last.
+    """
+
+    epochs: list[dict] = field(default_factory=list)
+    initial_val_accuracy: float | None = None
+    best_epoch: int | None = None
+
+
+def fit(
+    model: keras.Model,
+    dataset: Dataset,
+    settings: Training,
+    *,
+    augment: Augment | None = None,
+    seed: int = 0,
+    teacher: keras.Model | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    log_dir: Path | None = None,
+) -> History:
+    """Trains a classifier in place.
+
+    Args:
+        model: float, or made by `quantize_model`; its output is probabilities or logits [n, classes].
+        dataset: train and validation splits are used.
+        settings: a recipe's `float` or `qat` section; the latter brings the schedule and distillation.
+        augment: random changes to the training images.
+        seed: of shuffling, augmentation and dropout.
+        teacher: the float model, for distillation.
+        callbacks: further Keras callbacks, such as a progress display.
+        log_dir: where TensorBoard events go.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite; the model keeps the last finite weights.
+    """
+    keras.utils.set_random_seed(seed)
+    train = training_batches(dataset, settings.batch_size, augment, seed)
+    validation = _batches(dataset.validation.x, _one_hot(dataset, dataset.validation.y), 256)
+    steps = len(train)
+    trained = _distilled(model, settings, teacher)
+    trained.compile(
+        optimizer=make_optimizer(settings, steps),
+        loss=keras.losses.CategoricalCrossentropy(
+            from_logits=not gives_probabilities(model), label_smoothing=settings.label_smoothing
+        ),
+        metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
+    )
+    recorder = _Recorder(model, keep_best=getattr(settings, "keep_best", False))
+    history = recorder.history
+    all_callbacks = [recorder, *callbacks]
+    if isinstance(settings, QatTraining):
+        recorder.start(trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"])
+        all_callbacks.insert(0, Schedule(model, settings))
+    if log_dir is not None:
+        all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
+    trained.fit(train, epochs=settings.epochs, validation_data=validation, verbose=0, callbacks=all_callbacks)
+    return History(history.epochs, history.initial_val_accuracy, recorder.keep())
+
+
+def gives_probabilities(model: keras.Model) -> bool:
+    """Whether the model ends in softmax or sigmoid; otherwise its outputs are taken as logits."""
+    if isinstance(model, QuantizedModel):
+        return model.plan.operators[-1].kind in ("SOFTMAX", "LOGISTIC")
+    last = model.layers[-1]
+    if isinstance(last, keras.Model):
+        return gives_probabilities(last)
+    function = getattr(last, "activation", None)
+    return isinstance(last, keras.layers.Softmax) or getattr(function, "__name__", "") in (
+        "softmax",
+        "sigmoid",
+    )
+
+
+def training_batches(
+    dataset: Dataset, batch_size: int, augment: Augment | None, seed: int
+) -> tf.data.Dataset:
+    """Shuffled, augmented batches (x float32, y one-hot float32) of the train split, the same for the same seed."""
+    x, y = dataset.train.x, _one_hot(dataset, dataset.train.y)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).batch(batch_size)
+    if augment is not None and (augment.flip or augment.shift or augment.cutout):
+        batches = augment_images(
+            batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seed
+        )
+    return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def _batches(x, y, batch_size: int) -> tf.data.Dataset:
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).prefetch(tf.data.AUTOTUNE)
+
+
+def _one_hot(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
+    return np.eye(len(dataset.class_names), dtype=np.float32)[labels]
+
+
+def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers.Optimizer:
+    """The optimizer of a recipe section, with its learning rate schedule."""
+    rate: float | keras.optimizers.schedules.LearningRateSchedule = settings.learning_rate
+    warmup = round(settings.warmup_epochs * steps_per_epoch)
+    if settings.schedule == "cosine":
+        decay = max(1, settings.epochs * steps_per_epoch - warmup)
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0 if warmup else settings.learning_rate,
+            decay,
+            warmup_target=settings.learning_rate if warmup else None,
+            warmup_steps=warmup,
+        )
+    decay_rate = settings.weight_decay or None
+    if settings.optimizer == "sgd":
+        return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay_rate)
+    if settings.optimizer == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay)
+    return keras.optimizers.Adam(rate, weight_decay=decay_rate)
+
+
+# ------------------------------------------------------------------ callbacks
+
+
+class Schedule(keras.callbacks.Callback):
+    """Freezes ranges and BatchNormalization statistics after their share of the epochs.
+
+    The switches are Python attributes, so what is frozen costs nothing; the step is traced anew when one changes.
+    """
+
+    def __init__(self, quantized: QuantizedModel, settings: QatTraining):
+        super().__init__()
+        self.quantized = quantized
+        self.observers_from = math.ceil(settings.freeze_observers_after * settings.epochs)
+        self.batch_norm_from = math.ceil(settings.freeze_batch_norm_after * settings.epochs)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from):
+            self.model.make_train_function(force=True)
+
+    def on_train_end(self, logs=None):
+        freeze(self.quantized, observers=False, batch_norm=False)
+
+
+def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
+    """Freezes or frees activation ranges and BatchNormalization statistics; returns whether anything changed.
+
+    A training function traced before must be traced anew: `model.make_train_function(force=True)`, or `compile`.
+    """
+    changed = False
+    for quantizer in model.quantizers.values():
+        changed |= quantizer.observing == observers
+        quantizer.observing = not observers
+    for wrapper in model.operators.values():
+        changed |= wrapper.batch_norm_frozen != batch_norm
+        wrapper.batch_norm_frozen = batch_norm
+    return changed
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Records epochs, keeps the best weights, and stops at a loss that is not finite."""
+
+    def __init__(self, watched: keras.Model, keep_best: bool):
+        super().__init__()
+        self.watched = watched
+        self.keep_best = keep_best
+        self.history = History()
+        self._best: tuple[float, int, list] | None = None
+        self._started = 0.0
+
+    def start(self, accuracy: float) -> None:
+        """Notes the weights before training, which stay unless an epoch does better."""
+        self.history = History(self.history.epochs, accuracy)
+        if self.keep_best:
+            self._best = (accuracy, 0, self.watched.get_weights())
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+            if self._best:
+                self.watched.set_weights(self._best[2])
+            raise TrainingError(
+                f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1} of epoch "
+                f"{len(self.history.epochs) + 1}, learning rate {rate:.3g}. Lower the learning rate, or look for NaN "
+                "in the data."
+            )
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {key: float(value) for key, value in logs.items()}
+        row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        self.history.epochs.append(
+            {"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started}
+        )
+        # A later epoch wins a tie: it has trained longer on the frozen grid.
+        if self.keep_best and (self._best is None or row["val_accuracy"] >= self._best[0]):
+            self._best = (row["val_accuracy"], epoch + 1, self.watched.get_weights())
+
+    def keep(self) -> int | None:
+        """Puts the best weights back; returns their epoch."""
+        if self._best is None:
+            return None
+        self.watched.set_weights(self._best[2])
+        return self._best[1]
+
+
+# ------------------------------------------------------------------ distillation
+
+
+class Distillation(keras.Model):
+    """Trains a student on labels and on a teacher's softened outputs (Hinton et al. 2015).
+
+    loss = (1 - w) * loss(labels) + w * T**2 * KL(teacher || student at temperature T)
+    """
+
+    def __init__(self, student: keras.Model, teacher: keras.Model, weight: float, temperature: float):
+        super().__init__(name=f"distilled_{student.name}")
+        self.student = student
+        self.teacher = teacher
+        self.teacher.trainable = False
+        self.weight = weight
+        self.temperature = temperature
+        self.student_log_probabilities = _log_probabilities(student)
+        self.teacher_log_probabilities = _log_probabilities(teacher)
+
+    def call(self, inputs, training=None):
+        return self.student(inputs, training=training)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if not training:
+            return loss
+        teacher = ops.log_softmax(
+            self.teacher_log_probabilities(self.teacher(x, training=False)) / self.temperature, axis=-1
+        )
+        student = ops.log_softmax(self.student_log_probabilities(y_pred) / self.temperature, axis=-1)
+        divergence = ops.mean(ops.sum(ops.exp(teacher) * (teacher - student), axis=-1))
+        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
+
+
+def _log_probabilities(model: keras.Model) -> Callable:
+    if gives_probabilities(model):
+        return lambda outputs: ops.log(ops.maximum(outputs, 1e-7))
+    return lambda outputs: ops.log_softmax(outputs, axis=-1)
+
+
+def _distilled(model: keras.Model, settings: Training, teacher: keras.Model | None) -> keras.Model:
+    weight = getattr(settings, "distillation", 0.0)
+    if not weight or teacher is None:
+        return model
+    copy = keras.models.clone_model(teacher)
+    copy.set_weights(teacher.get_weights())
+    return Distillation(model, copy, weight, settings.temperature)
