@@ -180,7 +180,8 @@ def _percentile_range(counts, low, high, spec: QuantSpec, percentile: float) -> 
     share = np.cumsum(counts) / counts.sum()
     edges = np.linspace(low, high, BINS + 1)
     tail = (100 - percentile) / 200
-    first, last = np.searchsorted(share, tail, side="right"), np.searchsorted(share, 1 - tail, side="left")
+    first = int(np.searchsorted(share, tail, side="right"))
+    last = int(np.searchsorted(share, 1 - tail, side="left"))
     return float(edges[first]), float(edges[min(last, BINS - 1) + 1])
 
 

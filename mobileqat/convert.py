@@ -185,8 +185,8 @@ class _Writer:
         return (self.batch_size, *self.plan.tensors[name].shape)
 
     def quantization(self, quantizer: FakeQuantize) -> _Quantization:
-        scale, zero_point = (value.numpy() for value in quantizer.parameters())
-        return _Quantization(scale[None], np.int64([zero_point]))
+        scale, zero_point = quantizer.grid()
+        return _Quantization(np.array([scale]), np.array([zero_point]))
 
     def activation(self, name: str, in_float: bool) -> int:
         """The tensor of the plan in the form its reader needs; a conversion is written where the two differ."""
@@ -226,7 +226,7 @@ class _Writer:
         inputs = [self._write_input(name, input_type) for name in self.plan.inputs]
         for name, wrapper in self.model.operators.items():
             operator = self.plan_operator(name)
-            if operator.kind is None:
+            if not operator.kind:
                 for forms in (self._stored, self._float):
                     if operator.inputs[0] in forms:
                         forms[operator.output] = forms[operator.inputs[0]]
@@ -288,7 +288,7 @@ class _Writer:
             kernel, bias = wrapper.float_constants()
             return [self.constant(f"{name}/kernel", layout(kernel)), self.constant(f"{name}/bias", bias)]
         constants = wrapper.constants()
-        input_scale = self.quantization(wrapper.input_quantizers[0]).scales[0]
+        input_scale = wrapper.input_scale()
         scales = constants["scales"]
         zeros = np.zeros(scales.shape, np.int64)
         return [

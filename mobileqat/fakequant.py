@@ -115,9 +115,8 @@ class FakeQuantize(keras.layers.Layer):
             return np.array([self.pinned], np.float32)
         if self.fixed is not None:
             scale, zero_point = self.fixed
-            return np.float32(
-                [[scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)]]
-            )
+            bounds = [scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)]
+            return np.array([bounds], np.float32)
         weight = ops.convert_to_numpy(self.range_weight)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(weight > 0, ops.convert_to_numpy(self.range_sum) / weight, np.float32("nan"))
@@ -147,6 +146,11 @@ class FakeQuantize(keras.layers.Layer):
         scale = tf.maximum(quotient(high - low, self.spec.qmax - self.spec.qmin), smallest)
         zero_point = tf.round(float(self.spec.qmin) - quotient(low, scale))
         return scale, tf.clip_by_value(zero_point, float(self.spec.qmin), float(self.spec.qmax))
+
+    def grid(self) -> tuple[np.float32, int]:
+        """Scale and zero point as the file stores them."""
+        scale, zero_point = (ops.convert_to_numpy(value) for value in self.parameters())
+        return np.float32(scale), int(zero_point)
 
     def observe(self, x, member: str) -> None:
         """Moves a member's range towards the range of this batch."""

@@ -188,7 +188,7 @@ def _integers(model: QuantizedModel, name: str, real) -> np.ndarray:
     quantizer = model.quantizers.get(name)
     if quantizer is None:
         return np.asarray(real)
-    scale, zero_point = (value.numpy() for value in quantizer.parameters())
+    scale, zero_point = quantizer.grid()
     return (np.round(np.asarray(real, np.float32) / scale) + zero_point).astype(np.int32)
 
 
@@ -207,7 +207,8 @@ def compare_weights(model: QuantizedModel, file: flatbuffer.Model) -> WeightPari
         for role, expected in (("kernel", layout(constants["weights"])), ("bias", constants["bias"])):
             stored = by_name[f"{name}/{role}"].data
             compared += expected.size
-            identical += int(np.sum(stored == expected)) if stored.shape == expected.shape else 0
+            if stored is not None and stored.shape == expected.shape:
+                identical += int(np.sum(stored == expected))
     return WeightParity(compared, identical)
 
 
@@ -222,7 +223,7 @@ def compare_operators(
     results = []
     for wrapper in model.operators.values():
         operator = wrapper.operator
-        if operator.kind is None or not operator.quantized:
+        if not operator.kind or not operator.quantized:
             continue
         inputs = [_real(model, name, tensors[name]) for name in operator.inputs]
         simulated = wrapper(inputs if len(inputs) > 1 else inputs[0], training=False)
@@ -244,13 +245,12 @@ def compare_operators(
 
 
 def _real(model: QuantizedModel, name: str, integers: np.ndarray) -> np.ndarray:
-    scale, zero_point = (value.numpy() for value in model.quantizers[name].parameters())
-    return dequantize(integers, scale, int(zero_point))
+    return dequantize(integers, *model.quantizers[name].grid())
 
 
 def _quantize(model: QuantizedModel, name: str, real: np.ndarray) -> np.ndarray:
     quantizer = model.quantizers[name]
-    return quantize(real, *(value.numpy() for value in quantizer.parameters()), quantizer.spec)
+    return quantize(real, *quantizer.grid(), quantizer.spec)
 
 
 def _interpreter_tensors(model: QuantizedModel, file, arrays, runtime: str) -> dict[str, np.ndarray]:
@@ -267,7 +267,7 @@ def _interpreter_tensors(model: QuantizedModel, file, arrays, runtime: str) -> d
         if name not in tensors and name in model.quantizers:
             tensors[name] = _quantize(model, name, array)
     for operator in model.plan.operators:
-        if operator.kind is None and operator.inputs[0] in tensors:
+        if not operator.kind and operator.inputs[0] in tensors:
             tensors[operator.output] = tensors[operator.inputs[0]]
     return tensors
 

@@ -30,7 +30,7 @@ from mobileqat.errors import CheckFailed, InspectionError, MobileQatError, Model
 from mobileqat.evaluate import accuracy, per_class, top1
 from mobileqat.quantize import QuantizedModel, quantize_model
 from mobileqat.recipe import Recipe, dump_recipe
-from mobileqat.rundir import RunDirectory
+from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.train import fit
 
@@ -89,6 +89,9 @@ class Run:
 
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
+
+    def keep_outputs(self, variant: str, **arrays: np.ndarray) -> None:
+        self.directory.write(f"outputs/{variant}.npz", lambda path: np.savez_compressed(path, **arrays))
 
     def outputs(self, variant: str) -> dict[str, np.ndarray]:
         with np.load(self.directory.path / "outputs" / f"{variant}.npz") as arrays:
@@ -201,10 +204,10 @@ def plan_rows(model: QuantizedModel) -> list[dict]:
         quantizer = model.quantizers.get(row["tensor"])
         if quantizer is None:
             continue
-        scale, zero_point = (float(value) for value in quantizer.parameters())
-        row["scale"], row["zero_point"] = scale, int(zero_point)
-        row["minimum"] = scale * (quantizer.spec.qmin - zero_point)
-        row["maximum"] = scale * (quantizer.spec.qmax - zero_point)
+        scale, zero_point = quantizer.grid()
+        row["scale"], row["zero_point"] = float(scale), zero_point
+        row["minimum"] = float(scale) * (quantizer.spec.qmin - zero_point)
+        row["maximum"] = float(scale) * (quantizer.spec.qmax - zero_point)
     return rows
 
 
@@ -237,7 +240,7 @@ def _parity(run: Run) -> dict:
     results: dict[str, Any] = {}
     for variant in run.variants:
         session = Session(run.file(variant), run.recipe.evaluate.runtime, run.recipe.evaluate.threads)
-        interpreted = session.predict(x)
+        interpreted = np.asarray(session.predict(x))
         if variant == "float":
             simulated = run.model("float").predict(x, verbose=0)
         else:
@@ -250,10 +253,7 @@ def _parity(run: Run) -> dict:
             if not result.passed:
                 problems = "\n".join(f"  - {problem}" for problem in result.problems)
                 run.fail(ParityError(f"{variant}.tflite does not compute what was trained:\n{problems}"))
-        arrays = {"interpreter": interpreted, "simulation": simulated}
-        run.directory.write(
-            f"outputs/{variant}.npz", lambda path, arrays=arrays: np.savez_compressed(path, **arrays)
-        )
+        run.keep_outputs(variant, interpreter=interpreted, simulation=simulated)
     return results
 
 
@@ -282,8 +282,7 @@ def _bench(run: Run) -> dict | None:
     files = {variant: run.file(variant) for variant in run.variants}
     records: dict[str, list[dict]] = {variant: [] for variant in files}
     for threads in settings.threads:
-        timing = {"threads": threads, "warmup": settings.warmup, "runs": settings.runs}
-        comparison = host.compare(files, **timing)
+        comparison = host.compare(files, threads=threads, warmup=settings.warmup, runs=settings.runs)
         for variant, content in files.items():
             # Memory is a process's: each file is loaded once more on its own.
             alone = host.benchmark(content, threads=threads, warmup=1, runs=5)
@@ -407,3 +406,87 @@ def environment() -> dict:
     """Versions of everything that decides a result, and the machine."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {"python": platform.python_version(), **versions, "machine": host.describe_machine()}
+
+
+# ------------------------------------------------------------------ single steps, for the other commands
+
+
+def load_data(source: str, path: str | None = None, image_size: tuple[int, int] | None = None) -> Dataset:
+    """A dataset by name, as in a recipe's `data` section."""
+    return load_dataset(source, path=path, image_size=image_size or None)
+
+
+def convert_model(
+    model: keras.Model,
+    dataset: Dataset | None,
+    scheme: str,
+    method: str,
+    samples: int,
+    input_type: str,
+    output_type: str,
+) -> bytes:
+    """Converts a quantized model as it is, or a float model after calibration on `dataset`."""
+    if not isinstance(model, QuantizedModel):
+        if dataset is None:
+            raise MobileQatError(
+                f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
+            )
+        model = quantize_model(model, scheme, input_range=dataset.value_range)
+        calibrate(model, calibration_samples(dataset, samples, seed=0), method)
+    return convert(model, input_type=input_type, output_type=output_type)
+
+
+def verify_model(
+    model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str
+) -> parity.Parity:
+    """Parity of a quantized model with a file, on test samples or on random ones from the inputs' grids."""
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(
+            f"Model '{model.name}' is float. verify compares a model saved after quantize_model with its file, such as "
+            "models/qat.keras of a run directory; to score a float model use evaluate."
+        )
+    content = flatbuffer.read(file).content
+    return parity.verify(
+        model,
+        content,
+        dataset.test.x[:samples] if dataset else _random_samples(model, samples),
+        runtime=runtime,
+    )
+
+
+def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    ranges = [model.quantizers[name].ranges() for name in model.plan.inputs]
+    shapes = [model.plan.tensors[name].shape for name in model.plan.inputs]
+    return [
+        random.uniform(span.min(), span.max(), (count, *shape)).astype(np.float32)
+        for span, shape in zip(ranges, shapes, strict=True)
+    ]
+
+
+def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str, threads: int) -> dict:
+    """Accuracy of a `.tflite` or Keras file on the test split."""
+    x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
+    if path.suffix == ".tflite":
+        outputs = np.asarray(Session(path, runtime, threads).predict(x))
+    else:
+        outputs, runtime = models.load_model(path).predict(x, verbose=0), "keras"
+    return {
+        "file": str(path),
+        "runtime": runtime,
+        "samples": len(labels),
+        "accuracy": accuracy(outputs, labels),
+        "per_class": per_class(outputs, labels, dataset.class_names),
+    }
+
+
+__all__ = [
+    "Run",
+    "convert_model",
+    "environment",
+    "evaluate_file",
+    "load_data",
+    "train",
+    "verify_model",
+    "write_whole",
+]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mobileqat.errors import MobileQatError
 from mobileqat.graph import Graph, Node
-from mobileqat.rules import Output, find_rule
+from mobileqat.rules import Output, get_rule
 from mobileqat.schemes import QuantSpec, Scheme
 
 # ReLU variants that a runtime operator applies itself, by the layer's max_value.
@@ -24,7 +24,7 @@ class Operator:
 
     Args:
         name: path of the lowered layer that leads it, "block1/conv".
-        kind: LiteRT builtin operator, or None for a layer that is gone at inference (Dropout).
+        kind: LiteRT builtin operator, or `rules.GONE` for a layer that does nothing at inference (Dropout).
         nodes: paths of the lowered layers it is made of: the leader, a folded BatchNormalization, a fused ReLU.
         inputs: names of its input tensors.
         output: name of its output tensor, the path of its last layer.
@@ -35,7 +35,7 @@ class Operator:
     """
 
     name: str
-    kind: str | None
+    kind: str
     nodes: tuple[str, ...]
     inputs: tuple[str, ...]
     output: str
@@ -121,7 +121,7 @@ def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> Qu
         specs[name] = (Output.OWN, None, name in quantized_inputs)
     by_path = {node.path: node for node in graph.nodes}
     for operator in operators:
-        rule = find_rule(by_path[operator.name].layer)
+        rule = get_rule(by_path[operator.name].layer)
         output = rule.output if operator.quantized else Output.OWN
         # What an integer operator reads from a float one becomes a tensor of its own, observed where it is made.
         specs[operator.output] = (
@@ -163,11 +163,12 @@ def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
 
 def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
     """Groups each leading layer with the BatchNormalization and the ReLU that the runtime executes with it."""
-    operators, taken = [], set()
+    operators: list[Operator] = []
+    taken: set[str] = set()
     for node in graph.nodes:
         if node.path in taken:
             continue
-        rule = find_rule(node.layer)
+        rule = get_rule(node.layer)
         members, batch_norm, activation, fused = [node], None, None, "NONE"
         if rule.has_kernel and (follower := _only_consumer(graph, members[-1], "BatchNormalization")):
             batch_norm = follower.path
@@ -210,7 +211,7 @@ def _only_consumer(graph: Graph, node: Node, layer_class: str) -> Node | None:
 class _Groups:
     """Union-find over tensor names."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.parent: dict[str, str] = {}
 
     def root(self, name: str) -> str:

@@ -17,7 +17,7 @@ from mobileqat.errors import CalibrationError, ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.lowering import lower
 from mobileqat.plan import QuantPlan, make_plan
-from mobileqat.rules import Output, find_rule
+from mobileqat.rules import Output, get_rule
 from mobileqat.schemes import Scheme, get_scheme
 from mobileqat.wrappers import QuantizeWrapper
 
@@ -161,10 +161,10 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
         wrapper = QuantizeWrapper(
             operator,
             layers[operator.name],
-            layers.get(operator.batch_norm),
-            layers.get(operator.activation),
+            layers[operator.batch_norm] if operator.batch_norm else None,
+            layers[operator.activation] if operator.activation else None,
             plan.scheme.weights
-            if operator.quantized and find_rule(layers[operator.name]).has_kernel
+            if operator.quantized and get_rule(layers[operator.name]).has_kernel
             else None,
             tuple(quantizer(tensor) for tensor in operator.inputs),
             quantizer(operator.output),

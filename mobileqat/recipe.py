@@ -346,7 +346,7 @@ class _Loader(yaml.SafeLoader):
         self._aliases = 0
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()
         is_alias = isinstance(event, yaml.AliasEvent)
         self._aliases += is_alias
         self._depth += 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+GONE = ""
 Check = Callable[[Any, tuple], "str | None"]
 
 
@@ -29,7 +30,7 @@ class Rule:
     """One row of the table.
 
     Args:
-        operator: LiteRT builtin operator, or None for a layer that is gone at inference.
+        operator: LiteRT builtin operator, or GONE for a layer that does nothing at inference.
         output: the output's parameters: of its own, shared with the input(s), or fixed by the kernel.
         rounds: False when the operator only moves or selects grid values, so that nothing is rounded.
         fixed: `(scale, zero_point)` for `Output.FIXED`, int8.
@@ -38,7 +39,7 @@ class Rule:
         refuse: `(layer, input_shapes) -> reason or None`, for settings that the runtime cannot execute.
     """
 
-    operator: str | None
+    operator: str
     output: Output = Output.OWN
     rounds: bool = True
     fixed: tuple[float, int] | None = None
@@ -92,10 +93,6 @@ def _resize(layer, shapes):
     return _channels_last(layer, shapes)
 
 
-def _pads_zeros(layer, shapes):
-    return _channels_last(layer, shapes)
-
-
 def _binary(layer, shapes):
     if len(shapes[0]) != len(shapes[1]):
         return f"inputs of rank {len(shapes[0])} and {len(shapes[1])}; reshape them to one rank"
@@ -109,8 +106,6 @@ def _batch_norm(layer, shapes):
     return "BatchNormalization that follows no convolution or dense layer, on an input that is not rank 4"
 
 
-_POOL = {"output": Output.SHARED, "refuse": _channels_last}
-
 RULES: dict[str, Rule] = {
     "Conv2D": Rule("CONV_2D", channel_axes=(3,), fuses_activation=True, refuse=_channels_last),
     "DepthwiseConv2D": Rule(
@@ -118,15 +113,15 @@ RULES: dict[str, Rule] = {
     ),
     "Conv2DTranspose": Rule("TRANSPOSE_CONV", channel_axes=(2,), fuses_activation=True, refuse=_transposed),
     "Dense": Rule("FULLY_CONNECTED", channel_axes=(1,), fuses_activation=True),
-    "BatchNormalization": Rule(None, refuse=_batch_norm),
+    "BatchNormalization": Rule(GONE, refuse=_batch_norm),
     "Add": Rule("ADD", fuses_activation=True, refuse=_binary),
     "Multiply": Rule("MUL", fuses_activation=True, refuse=_binary),
     "Concatenate": Rule("CONCATENATION", Output.SHARED, rounds=False),
-    "MaxPooling2D": Rule("MAX_POOL_2D", rounds=False, **_POOL),
-    "AveragePooling2D": Rule("AVERAGE_POOL_2D", **_POOL),
+    "MaxPooling2D": Rule("MAX_POOL_2D", Output.SHARED, rounds=False, refuse=_channels_last),
+    "AveragePooling2D": Rule("AVERAGE_POOL_2D", Output.SHARED, refuse=_channels_last),
     "GlobalAveragePooling2D": Rule("MEAN", refuse=_channels_last),
-    "GlobalMaxPooling2D": Rule("REDUCE_MAX", rounds=False, **_POOL),
-    "ZeroPadding2D": Rule("PAD", Output.SHARED, rounds=False, refuse=_pads_zeros),
+    "GlobalMaxPooling2D": Rule("REDUCE_MAX", Output.SHARED, rounds=False, refuse=_channels_last),
+    "ZeroPadding2D": Rule("PAD", Output.SHARED, rounds=False, refuse=_channels_last),
     "Cropping2D": Rule("STRIDED_SLICE", Output.SHARED, rounds=False, refuse=_channels_last),
     "Reshape": Rule("RESHAPE", Output.SHARED, rounds=False),
     "Flatten": Rule("RESHAPE", Output.SHARED, rounds=False, refuse=_channels_last),
@@ -140,11 +135,11 @@ RULES: dict[str, Rule] = {
     "Activation:sigmoid": Rule("LOGISTIC", Output.FIXED, fixed=(1 / 256, -128)),
     "Activation:tanh": Rule("TANH", Output.FIXED, fixed=(1 / 128, 0)),
     "Activation:hard_silu": Rule("HARD_SWISH"),
-    "Dropout": Rule(None, Output.SHARED, rounds=False),
-    "SpatialDropout2D": Rule(None, Output.SHARED, rounds=False),
-    "GaussianDropout": Rule(None, Output.SHARED, rounds=False),
-    "GaussianNoise": Rule(None, Output.SHARED, rounds=False),
-    "Identity": Rule(None, Output.SHARED, rounds=False),
+    "Dropout": Rule(GONE, Output.SHARED, rounds=False),
+    "SpatialDropout2D": Rule(GONE, Output.SHARED, rounds=False),
+    "GaussianDropout": Rule(GONE, Output.SHARED, rounds=False),
+    "GaussianNoise": Rule(GONE, Output.SHARED, rounds=False),
+    "Identity": Rule(GONE, Output.SHARED, rounds=False),
 }
 
 
@@ -161,3 +156,8 @@ def rule_key(layer) -> str:
 def find_rule(layer) -> Rule | None:
     """The layer's row, or None when the table has none."""
     return RULES.get(rule_key(layer))
+
+
+def get_rule(layer) -> Rule:
+    """The row of a layer that is known to have one."""
+    return RULES[rule_key(layer)]

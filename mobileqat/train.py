@@ -76,7 +76,7 @@ def fit(
         ),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
     )
-    recorder = _Recorder(model, keep_best=getattr(settings, "keep_best", False))
+    recorder = _Recorder(model, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
     history = recorder.history
     all_callbacks = [recorder, *callbacks]
     if isinstance(settings, QatTraining):
@@ -84,7 +84,14 @@ def fit(
         all_callbacks.insert(0, Schedule(model, settings))
     if log_dir is not None:
         all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
-    trained.fit(train, epochs=settings.epochs, validation_data=validation, verbose=0, callbacks=all_callbacks)
+    trained.fit(
+        train,
+        epochs=settings.epochs,
+        validation_data=validation,
+        shuffle=False,
+        verbose=0,
+        callbacks=all_callbacks,
+    )
     return History(history.epochs, history.initial_val_accuracy, recorder.keep())
 
 
@@ -271,9 +278,8 @@ def _log_probabilities(model: keras.Model) -> Callable:
 
 
 def _distilled(model: keras.Model, settings: Training, teacher: keras.Model | None) -> keras.Model:
-    weight = getattr(settings, "distillation", 0.0)
-    if not weight or teacher is None:
+    if teacher is None or not isinstance(settings, QatTraining) or not settings.distillation:
         return model
     copy = keras.models.clone_model(teacher)
     copy.set_weights(teacher.get_weights())
-    return Distillation(model, copy, weight, settings.temperature)
+    return Distillation(model, copy, settings.distillation, settings.temperature)

@@ -18,7 +18,7 @@ from mobileqat import kernels, numerics
 from mobileqat.fakequant import FakeQuantize, product, quantize_weights, quotient, straight_through
 from mobileqat.kernels import Grid
 from mobileqat.plan import Operator
-from mobileqat.rules import Output, Rule, find_rule
+from mobileqat.rules import Output, get_rule
 from mobileqat.schemes import QuantSpec
 
 
@@ -54,10 +54,8 @@ class QuantizeWrapper(keras.layers.Layer):
     ):
         # Quantizers compute in float32 whatever the policy; the wrapped layers keep theirs (mixed precision).
         super().__init__(dtype="float32", **kwargs)
-        rule = find_rule(layer)
-        assert isinstance(rule, Rule)
         self.operator = operator
-        self.rule = rule
+        self.rule = get_rule(layer)
         self.layer = layer
         self.batch_norm = batch_norm
         self.activation = activation
@@ -152,7 +150,8 @@ class QuantizeWrapper(keras.layers.Layer):
         return straight_through(output.real(integers), clipped)
 
     def _grid(self, quantizer: FakeQuantize) -> Grid:
-        return Grid(*quantizer.parameters(), quantizer.spec.qmin, quantizer.spec.qmax)
+        scale, zero_point = quantizer.parameters()
+        return Grid(scale, zero_point, quantizer.spec.qmin, quantizer.spec.qmax)
 
     def folded(self, input_scale):
         """Weight integers, weight scales and bias with BatchNormalization folded in.
@@ -192,14 +191,19 @@ class QuantizeWrapper(keras.layers.Layer):
         offset = -product(bn.moving_mean, factor)
         return factor, offset + tf.convert_to_tensor(bn.beta) if bn.center else offset
 
+    def input_scale(self) -> np.float32:
+        """Scale of the first input, which the bias's unit depends on."""
+        quantizer = self.input_quantizers[0]
+        assert quantizer is not None
+        return quantizer.grid()[0]
+
     def constants(self) -> dict[str, np.ndarray]:
         """What the integer file stores for this operator.
 
         Returns:
             "weights": int8 in Keras's kernel layout, "scales": float32 [channels], "bias": int32 [channels].
         """
-        input_scale, _ = self.input_quantizers[0].parameters()
-        integers, scales, bias = self.folded(input_scale)
+        integers, scales, bias = self.folded(self.input_scale())
         return {
             "weights": integers.numpy().astype(np.int8),
             "scales": scales.numpy(),

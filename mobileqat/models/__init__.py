@@ -28,7 +28,8 @@ def _conv_bn_relu(x, layer, name: str):
     import keras
 
     x = layer(x)
-    x = keras.layers.BatchNormalization(name=f"{name}_bn")(x)
+    # Keras's momentum of 0.99 needs hundreds of steps to follow; small datasets have a few dozen per epoch.
+    x = keras.layers.BatchNormalization(momentum=0.9, name=f"{name}_bn")(x)
     return keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
@@ -69,7 +70,9 @@ def resnet8(input_shape: Shape, classes: int, filters: int = 16, l2: float = 1e-
     for stack in range(3):
         count, strides, name = filters * 2**stack, 1 if stack == 0 else 2, f"stack{stack + 1}"
         y = _conv_bn_relu(x, conv(count, 3, strides, f"{name}_conv1"), f"{name}_conv1")
-        y = layers.BatchNormalization(name=f"{name}_conv2_bn")(conv(count, 3, 1, f"{name}_conv2")(y))
+        y = layers.BatchNormalization(momentum=0.9, name=f"{name}_conv2_bn")(
+            conv(count, 3, 1, f"{name}_conv2")(y)
+        )
         if stack:
             x = conv(count, 1, strides, f"{name}_shortcut")(x)
         x = layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))

@@ -1,13 +1,14 @@
 """The charts of the page as inline SVG, each the answer to a question and with its content in words.
 
-matplotlib draws with placeholder colours; the SVG then gets the page's CSS variables (`currentColor` for text and
-axes), so that it follows dark mode, and is 400 px wide, so that its text stays readable on a phone.
+matplotlib draws with placeholder colours; the SVG then gets the page's CSS variables (`currentColor` for text
+and axes), so that it follows dark mode, and is 400 px wide, so that its text stays readable on a phone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,6 +41,7 @@ _MOST_CLASSES = 12
 _LABEL_CHARACTERS = 20
 _STYLE = {
     "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "mobileqat",  # the same ids each time
     "text.parse_math": False,  # "$" in the name of a class is a "$"
     "font.size": 11,
     "text.color": _INK,
@@ -87,7 +89,7 @@ def _style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
-        # Only widths are estimated with matplotlib's font; the browser draws the glyphs with one that has them.
+        # matplotlib's font only estimates widths; the browser draws with one that has the glyphs.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield
 
@@ -96,34 +98,31 @@ def _style() -> Iterator[None]:
 
 
 def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
-    variants = {n: v for n, v in present_variants(results.get("variants")).items() if accuracy(v) is not None}
-    if not variants:
+    variants = present_variants(results.get("variants"))
+    shares = {name: share for name in variants if (share := accuracy(variants[name])) is not None}
+    if not shares:
         return None
-    figure, axes = _canvas(height=70 + 40 * len(variants))
+    figure, axes = _canvas(height=70 + 40 * len(shares))
     words = []
-    for row, (name, variant) in enumerate(variants.items()):
-        value = 100 * _known(accuracy(variant))
-        interval = 1.96 * (standard_error_points(value / 100, number(variant, "accuracy", "samples")) or 0)
-        axes.errorbar(
-            value, row, xerr=interval, fmt=_MARKERS[name], ms=7, color=_COLOURS[name], elinewidth=1.2
-        )
-        simulation = number(variant, "accuracy", "simulation")
+    for row, (name, share) in enumerate(shares.items()):
+        colour, marker, text = _COLOURS[name], _MARKERS[name], formats.percent(share)
+        interval = 1.96 * (standard_error_points(share, number(variants[name], "accuracy", "samples")) or 0)
+        axes.errorbar(100 * share, row, xerr=interval, fmt=marker, ms=7, color=colour, elinewidth=1.2)
+        axes.annotate(text, (100 * share, row), (0, 9), textcoords="offset points", ha="center")
+        words.append(f"{VARIANTS[name]} {text} ± {interval:.2f} points")
+        simulation = number(variants[name], "accuracy", "simulation")
         if simulation is not None:
-            axes.plot(100 * simulation, row, _MARKERS[name], ms=11, mfc="none", mec=_COLOURS[name], mew=1)
-        axes.annotate(
-            formats.percent(value / 100), (value, row), (0, 9), textcoords="offset points", ha="center"
-        )
-        words.append(f"{VARIANTS[name]} {formats.percent(value / 100)} ± {interval:.2f} points")
-    _label_rows(axes, [VARIANTS[name] for name in variants])
-    axes.set_ylim(len(variants) - 0.5, -0.7)
+            axes.plot(100 * simulation, row, marker, ms=11, mfc="none", mec=colour, mew=1)
+    _label_rows(axes, [VARIANTS[name] for name in shares])
+    axes.set_ylim(len(shares) - 0.5, -0.7)
     axes.margins(x=0.12)
     axes.set_xlabel("accuracy, %")
     return _chart(
         figure,
         "accuracy",
         "What does quantization cost?",
-        "Accuracy of each file in the interpreter, with its binomial 95 % interval. Outline: Keras simulation. "
-        "The axis does not start at zero.",
+        "Accuracy of each file in the interpreter, with its binomial 95 % interval. Outline: Keras "
+        "simulation. The axis does not start at zero.",
         f"Accuracy in the interpreter: {'; '.join(words)}.",
     )
 
@@ -136,18 +135,15 @@ def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
     figure, axes = _canvas(height=95 + 20 * len(largest))
     names = [name for name in VARIANTS if any(name in row for _, row in largest)]
     axes.axvline(0, color=_INK, lw=0.8)
-    for name in names:
-        places = [(row[name], place) for place, (_, row) in enumerate(largest) if name in row]
-        axes.plot(
-            *zip(*places, strict=True), _MARKERS[name], ms=6, color=_COLOURS[name], label=VARIANTS[name]
-        )
+    for name, offset in zip(names, (-0.16, 0.16) if len(names) == 2 else (0,), strict=True):
+        points = [row.get(name, math.nan) for _, row in largest]
+        places = [place + offset for place in range(len(largest))]
+        axes.plot(points, places, _MARKERS[name], ms=5, color=_COLOURS[name], label=VARIANTS[name])
     _label_rows(axes, [_shortened(label) for label, _ in largest])
     axes.set_ylim(len(largest) - 0.5, -0.5)
     axes.set_xlabel("difference to float, points")
     figure.legend(loc="outside lower center", ncols=len(names))
-    shown = (
-        f"The {len(largest)} of {len(differences)} classes" if len(differences) > len(largest) else "Classes"
-    )
+    omitted = f"; {len(largest)} of {len(differences)} classes" if len(differences) > len(largest) else ""
     words = (
         f"{label} " + ", ".join(f"{VARIANTS[n]} {formats.points(d)}" for n, d in row.items())
         for label, row in largest
@@ -156,7 +152,7 @@ def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
         figure,
         "classes",
         "Which classes pay?",
-        f"{shown} by size of the change in accuracy against float.",
+        f"Change in accuracy against float, the largest first{omitted}.",
         f"Difference to float in points, by class: {'; '.join(words)}.",
     )
 
@@ -211,14 +207,8 @@ def _draw_training(
     figure, axes = _canvas(height=260)
     colour = _COLOURS[name]
     if training:
-        axes.plot(
-            list(training),
-            _percents(training),
-            ":",
-            lw=1.2,
-            color=colour,
-            label=f"{VARIANTS[name]}, training data",
-        )
+        label = f"{VARIANTS[name]}, training data"
+        axes.plot(list(training), _percents(training), lw=1, alpha=0.6, color=colour, label=label)
     axes.plot(list(curve), _percents(curve), "-o", ms=4, color=colour, label=f"{VARIANTS[name]}, validation")
     for level, style in zip(levels, ("--", "-."), strict=False):
         label = f"{VARIANTS[level]}, validation"
@@ -226,7 +216,7 @@ def _draw_training(
     best = number(history, "best_epoch")
     words = [f"{VARIANTS[level]} {formats.percent(value)}" for level, value in levels.items()]
     words += [f"epoch {epoch} {formats.percent(value)}" for epoch, value in curve.items()]
-    if best in curve:
+    if best is not None and best in curve:
         axes.plot(best, 100 * curve[best], "o", ms=11, mfc="none", mec=colour, mew=1.2)
         words.append(f"best epoch {best}")
         caption += f" Ring: the epoch that was kept, {best}."
@@ -300,16 +290,12 @@ def _canvas(height: float) -> tuple[Figure, Axes]:
 
 
 def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
+    axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_axisbelow(True)
-
-
-def _known(value: float | None) -> float:
-    assert value is not None
-    return value
 
 
 def _percents(curve: Mapping[int, float]) -> list[float]:
@@ -331,7 +317,7 @@ def _chart(figure: Figure, name: str, title: str, caption: str, description: str
 
 
 def _to_svg(figure: Figure, name: str, description: str) -> str:
-    """SVG to stand inside HTML: no namespaces, metadata or global styles, and ids that are unique in the page."""
+    """SVG to stand inside HTML: no namespaces, metadata or global styles, ids that are unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())

@@ -1,11 +1,12 @@
 """The rows of the table that puts float, PTQ and QAT side by side, for the console and for the page."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mobileqat.report import formats
 from mobileqat.report.results import (
+    LatencyKey,
     accuracy,
     difference_points,
     latency_ms,
@@ -17,6 +18,7 @@ from mobileqat.report.results import (
 )
 
 Variant = Mapping[str, Any]
+Quantity = tuple[str, Callable[[Variant], str], bool]  # label, cell of a variant, whether it is a detail
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,23 @@ class Row:
 def comparison_rows(variants: Mapping[str, Variant] | None) -> list[Row]:
     """The rows that have at least one value."""
     columns = present_variants(variants)
+    return _rows(columns, _quantities(columns))
+
+
+def inspection_rows(variants: Mapping[str, Variant] | None) -> list[Row]:
+    """What inspection found in each file."""
+    return _rows(present_variants(variants), _findings())
+
+
+def _rows(columns: Mapping[str, Variant], quantities: Iterable[Quantity]) -> list[Row]:
     rows = [
         Row(label, tuple(cell(variant) for variant in columns.values()), is_detail)
-        for label, cell, is_detail in _quantities(columns)
+        for label, cell, is_detail in quantities
     ]
     return [row for row in rows if set(row.cells) != {formats.MISSING}]
 
 
-def _quantities(columns: Mapping[str, Variant]) -> Iterator[tuple[str, Callable[[Variant], str], bool]]:
-    """(label, cell of a variant, is a detail)."""
+def _quantities(columns: Mapping[str, Variant]) -> Iterator[Quantity]:
     reference = columns.get("float", {})
     others = {name for name, variant in columns.items() if variant is not reference}
 
@@ -68,9 +78,7 @@ def _quantities(columns: Mapping[str, Variant]) -> Iterator[tuple[str, Callable[
     yield "Parity with the simulation", _parity, False
 
 
-def _latency_quantities(
-    key: tuple[str, int], reference: Variant
-) -> Iterator[tuple[str, Callable[[Variant], str], bool]]:
+def _latency_quantities(key: LatencyKey, reference: Variant) -> Iterator[Quantity]:
     def slower(variant: Variant) -> float | None:
         return ratio(latency_ms(variant, key), latency_ms(reference, key))
 
@@ -89,3 +97,23 @@ def _fully_integer(variant: Variant) -> str:
 
 def _parity(variant: Variant) -> str:
     return {True: "passed", False: "failed"}.get(lookup(variant, "parity", "passed"), formats.MISSING)
+
+
+def _findings() -> Iterator[Quantity]:
+    yield "Fully integer", _fully_integer, False
+    yield "Constants", lambda v: formats.kilobytes(number(v, "inspection", "weight_bytes")), False
+    for label, key in (
+        ("Operators outside integer arithmetic", "islands"),
+        ("Conversions from or to float inside the graph", "stray_conversions"),
+        ("Requantizations", "requantizations"),
+        ("Operators that compute shapes", "shape_arithmetic"),
+    ):
+        yield label, _length_of(key), False
+
+
+def _length_of(key: str) -> Callable[[Variant], str]:
+    def cell(variant: Variant) -> str:
+        found = lookup(variant, "inspection", key)
+        return formats.MISSING if found is None else str(len(found))
+
+    return cell

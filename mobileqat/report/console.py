@@ -69,7 +69,7 @@ def _worst_operators(file: str, failed: list[dict[str, Any]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for label in ("Operator", "Kind"):
         table.add_column(label, overflow="fold")
-    for label in ("Identical", "at least", "Largest difference", "at most"):
+    for label in ("Identical", "required", "Largest difference", "allowed"):
         table.add_column(label, justify="right")
     for row in shown:
         table.add_row(

@@ -1,6 +1,6 @@
-"""Numbers as people read them: fixed digits, units, a sign on differences, an en dash for what is missing."""
+"""Numbers as people read them: fixed digits, units, a sign on differences, a dash for what is missing."""
 
-MISSING = "–"
+MISSING = "-"
 
 
 def percent(share: float | None) -> str:

@@ -14,8 +14,8 @@ import yaml
 
 from mobileqat.report import formats
 from mobileqat.report.charts import class_differences, draw_charts
-from mobileqat.report.comparison import comparison_rows
-from mobileqat.report.results import VARIANTS, failed_step, lookup, number, present_variants
+from mobileqat.report.comparison import comparison_rows, inspection_rows
+from mobileqat.report.results import VARIANTS, failed_step, file_name, lookup, number, present_variants
 
 _FORMATS = (
     formats.count,
@@ -48,14 +48,18 @@ def render_html(results: Mapping[str, Any]) -> str:
         variants=variants,
         labels=VARIANTS,
         rows=comparison_rows(variants),
+        inspection_rows=inspection_rows(variants),
         samples=max((number(v, "accuracy", "samples") or 0 for v in variants.values()), default=0),
         charts=draw_charts(results),
         class_differences=class_differences(variants),
         operator_counts=_side_by_side(lookup(v, "inspection", "operator_counts") for v in variants.values()),
         dtype_counts=_side_by_side(lookup(v, "inspection", "dtype_counts") for v in variants.values()),
         environment=list(_flat(results.get("environment") or {})),
-        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, width=80) if results.get("recipe") else "",
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True)
+        if results.get("recipe")
+        else "",
         failed=failed_step(results),
+        file_name=file_name,
         absence=functools.partial(_absence, results),
     )
 
@@ -82,7 +86,7 @@ def _or_missing(function: Any) -> Any:
 def _shape(shape: Any) -> str:
     if not isinstance(shape, list | tuple):
         return formats.MISSING
-    return " × ".join(map(str, shape)) or "scalar"
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, shape)) or "scalar"
 
 
 def _side_by_side(counts: Iterable[Mapping[str, int] | None]) -> dict[str, list[int]]:
@@ -107,8 +111,8 @@ def _absence(results: Mapping[str, Any], step_name: str) -> str:
     steps = {step.get("name"): step for step in results.get("steps") or []}
     step, failed = steps.get(step_name), failed_step(results)
     if step and step.get("status") in ("failed", "skipped"):
-        message = step.get("message")
-        return f"Not available: step {step_name} {step['status']}{': ' + message if message else ''}."
+        message = (step.get("message") or "").rstrip(".")
+        return f"Not available: step {step_name} {step['status']}{': ' if message else ''}{message}."
     if not step and failed:
         return f"Not available: the run ended at step {failed['name']}."
     return "Not part of this run."

@@ -1,6 +1,7 @@
-"""Reading `results`, the content of report.json.  Any part may be missing: a failed or shortened run has less.
+"""Reading `results`, the content of report.json.
 
-What is missing, null or not finite reads as None here, so that the other modules have one case to handle.
+Any part may be missing: a failed or shortened run has less.  What is missing, null or not finite reads as
+None here, so that the other modules have one case to handle.
 """
 
 import math

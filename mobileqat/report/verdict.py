@@ -1,8 +1,8 @@
 """Which file to ship, and whether QAT was worth it over PTQ.
 
-An integer file is preferred, whatever it costs; one that fails inspection or parity cannot ship.  QAT must beat
-PTQ by more than a margin: below it the simpler file ships.  The margin is the rule; the binomial standard error
-of the difference, `100 * sqrt(p (1 - p) / n + q (1 - q) / m)` points, is stated beside it.
+An integer file is preferred, whatever it costs; one that fails inspection or parity cannot ship.  QAT must
+beat PTQ by more than a margin: below it the simpler file ships.  The margin is the rule; stated beside it is
+the binomial standard error of the difference, `100 * sqrt(p (1 - p) / n + q (1 - q) / m)` points.
 """
 
 import math
@@ -33,27 +33,36 @@ def decide(variants: Mapping[str, Any], margin_points: float) -> dict[str, Any]:
 
     Args:
         variants: `results["variants"]`: "float", "ptq", "qat", of which any may be missing.
-        margin_points: QAT ships only if its accuracy exceeds that of PTQ by more than this, in percentage points.
+        margin_points: percentage points of accuracy by which QAT must exceed PTQ to ship in its place.
 
     Returns:
-        "ship": "qat", "ptq", "float" or None (nothing was evaluated); "file"; "headline"; "reasons", sentences;
-        "qat_worth_it": None unless both integer files can ship.
+        "ship": "qat", "ptq", "float" or None (nothing was evaluated); "file"; "headline"; "qat_worth_it",
+        None unless both integer files can ship; "reasons", sentences.
     """
     variants = present_variants(variants)
-    obstacles = {name: list(_obstacles(name, variants[name])) for name in ("ptq", "qat") if name in variants}
-    able = [name for name, found in obstacles.items() if not found]
-    blocked = [f"{reason}." for found in obstacles.values() for reason in found]
+    integer: list[str] = [name for name in ("ptq", "qat") if name in variants]
+    obstacles = {name: list(_obstacles(name, variants[name])) for name in integer}
+    able = [name for name in integer if not obstacles[name]]
+    blocked = [name for name in integer if obstacles[name]]
+    why_blocked = [reason for name in blocked for reason in obstacles[name]]
     gain = _gain(variants) if len(able) == 2 else None
     worth_it = None if gain is None else gain > margin_points
     ship = ("qat" if worth_it else "ptq") if len(able) == 2 else able[0] if able else "float"
     if accuracy(variants.get(ship)) is None:
         headline = "No verdict: no file was evaluated."
-        return {"ship": None, "file": None, "headline": headline, "qat_worth_it": None, "reasons": blocked}
-    reasons = [*_gain_reasons(variants, gain, margin_points), *_absences(variants), *blocked]
+        return {
+            "ship": None,
+            "file": None,
+            "headline": headline,
+            "qat_worth_it": None,
+            "reasons": why_blocked,
+        }
+    reasons = [*_gain_reasons(variants, gain, margin_points), *_absences(variants), *why_blocked]
+    other = _instead(ship, gain, margin_points) or _blocked(variants, blocked)
     return {
         "ship": ship,
         "file": file_name(ship, variants[ship]),
-        "headline": _headline(ship, variants, obstacles, gain, margin_points),
+        "headline": _headline(ship, variants, other),
         "qat_worth_it": worth_it,
         "reasons": [*reasons, *_reservations(ship, variants)],
     }
@@ -63,13 +72,13 @@ def _obstacles(name: str, variant: Mapping[str, Any]) -> Iterator[str]:
     """Why an integer file cannot ship."""
     file, inspection, parity = file_name(name, variant), variant.get("inspection"), variant.get("parity")
     if not inspection:
-        yield f"{file} cannot ship, it was not inspected"
+        yield f"{file} cannot ship, it was not inspected."
     elif not inspection.get("fully_integer"):
-        yield f"{file} cannot ship, it is not fully integer{_first_problem(inspection)}"
+        yield f"{file} cannot ship, it is not fully integer{_first_problem(inspection)}."
     if parity and not parity.get("passed"):
-        yield f"{file} cannot ship, it does not match its simulation{_first_problem(parity)}"
+        yield f"{file} cannot ship, it does not match its simulation{_first_problem(parity)}."
     if accuracy(variant) is None:
-        yield f"{file} cannot ship, it was not evaluated"
+        yield f"{file} cannot ship, it was not evaluated."
 
 
 def _first_problem(check: Mapping[str, Any]) -> str:
@@ -95,9 +104,10 @@ def _gain_reasons(variants: Mapping[str, Any], gain: float | None, margin_points
         return
     error = math.hypot(*(value for value in errors if value is not None))
     size = "larger than" if abs(gain) > error else "within"
+    samples = qat["accuracy"]["samples"]
     yield (
-        f"The standard error of that difference is {error:.2f} points (binomial, {qat['accuracy']['samples']:,} "
-        f"samples, files taken as independent): the difference is {size} one standard error."
+        f"The standard error of that difference is {error:.2f} points (binomial, {samples:,} samples, files "
+        f"taken as independent): the difference is {size} one standard error."
     )
 
 
@@ -132,26 +142,17 @@ def _loss(name: str, variants: Mapping[str, Any]) -> float | None:
     return difference_points(accuracy(variants.get("float")), accuracy(variants.get(name)))
 
 
-def _headline(
-    ship: str,
-    variants: Mapping[str, Any],
-    obstacles: Mapping[str, list[str]],
-    gain: float | None,
-    margin_points: float,
-) -> str:
-    file = file_name(ship, variants[ship])
+def _headline(ship: str, variants: Mapping[str, Any], other: str) -> str:
+    """`other`: what to say of the files that do not ship."""
+    file, share = file_name(ship, variants[ship]), percent(accuracy(variants[ship]))
     if ship == "float":
-        names = ", ".join(file_name(name, variants[name]) for name in obstacles)
-        why = f"no integer file passed its checks ({names})" if names else "the run has no integer file"
-        return f"Ship {file}: {percent(accuracy(variants[ship]))}; {why}."
+        return f"Ship {file}: {share}; {other or 'the run has no integer file'}."
     loss = _loss(ship, variants)
-    warning = ""
-    if loss is not None and loss > NOTABLE_LOSS_POINTS:
-        warning = f", but it loses {loss:.2f} points against float"
-    facts = [percent(accuracy(variants[ship])), *_ratios_to_float(ship, variants)]
-    if not warning and loss is not None:
-        facts.insert(1, _beside_float(loss))
-    return f"Ship {file}{warning}: {', '.join(facts)}{_alternative(ship, variants, obstacles, gain, margin_points)}."
+    is_notable = loss is not None and loss > NOTABLE_LOSS_POINTS
+    warning = f", but it loses {loss:.2f} points against float" if is_notable else ""
+    beside = [_beside_float(loss)] if loss is not None and not is_notable else []
+    facts = ", ".join([share, *beside, *_ratios_to_float(ship, variants)])
+    return f"Ship {file}{warning}: {facts}{'; ' if other else ''}{other}."
 
 
 def _beside_float(loss: float) -> str:
@@ -178,18 +179,16 @@ def _speed(speed: float) -> str:
     return f"{speed:.2f}x faster than float" if speed > 1 else f"{1 / speed:.2f}x slower than float"
 
 
-def _alternative(
-    ship: str,
-    variants: Mapping[str, Any],
-    obstacles: Mapping[str, list[str]],
-    gain: float | None,
-    margin_points: float,
-) -> str:
-    """What the other integer file would have meant."""
-    if gain is not None and ship == "qat":
-        return f"; QAT gains {gain:.2f} points over PTQ"
-    if gain is not None:
-        within = f", within the margin of {margin_points:.2f}" if gain > 0 else ""
-        return f"; QAT was not needed ({_more_or_less(gain)}{within})"
-    failed = [file_name(name, variants[name]) for name, found in obstacles.items() if found]
-    return f"; {failed[0]} did not pass its checks" if failed else ""
+def _instead(ship: str, gain: float | None, margin_points: float) -> str:
+    """What the other integer file would have meant, when both can ship."""
+    if gain is None:
+        return ""
+    if ship == "qat":
+        return f"QAT gains {gain:.2f} points over PTQ"
+    within = f", within the margin of {margin_points:.2f}" if gain > 0 else ""
+    return f"QAT was not needed ({_more_or_less(gain)}{within})"
+
+
+def _blocked(variants: Mapping[str, Any], names: list[str]) -> str:
+    files = " and ".join(file_name(name, variants[name]) for name in names)
+    return f"{files} did not pass {'its' if len(names) == 1 else 'their'} checks" if names else ""

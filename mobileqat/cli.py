@@ -1,0 +1,423 @@
+"""The command line: one function per subcommand, with every heavy import inside it.
+
+Exit codes: 0 done, 1 a check failed or the run was interrupted, 2 the request cannot be carried out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mobileqat.errors import MobileQatError
+
+EXISTING = click.Path(path_type=Path)
+RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
+
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else."
+)
+runtime_option = click.option(
+    "--runtime", type=click.Choice(RUNTIMES), default="litert", show_default=True, help="Interpreter."
+)
+threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
+
+
+def data_options(required: bool) -> Callable:
+    """--data and --data-path: where samples come from."""
+    source = click.option(
+        "--data",
+        "source",
+        required=required,
+        metavar="SOURCE",
+        help="digits, cifar10, fashion_mnist, image_folder, npz or module:function.",
+    )
+    path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder and npz.")
+    size = click.option(
+        "--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder."
+    )
+    return lambda function: source(path(size(function)))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="mobileqat")
+def main() -> None:
+    """From a Keras model to a verified integer .tflite file.
+
+    \b
+    Start here:
+      mobileqat recipes                        what can be run
+      mobileqat train digits_dscnn_w8a8        a whole run in about a minute
+    """
+
+
+def command(function: Callable) -> Callable:
+    """A subcommand with --debug, whose errors end in one message and the right exit code."""
+
+    @debug_option
+    @wraps(function)
+    def run(debug: bool, **arguments: Any) -> None:
+        _quiet_tensorflow(debug)
+        try:
+            function(**arguments)
+        except (MobileQatError, OSError, MemoryError, KeyboardInterrupt) as error:
+            if debug:
+                raise
+            _fail(error)
+
+    return main.command(context_settings={"show_default": True})(run)
+
+
+def _quiet_tensorflow(debug: bool) -> None:
+    """Keeps the notices of native libraries off the terminal; no environment variable reaches all of them."""
+    if debug:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    logging.getLogger("tensorflow").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.fileno() == 2:
+        sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+
+
+def _fail(error: BaseException) -> None:
+    """Prints an error on one screen and exits with its code."""
+    if isinstance(error, KeyboardInterrupt):
+        message, code = "Interrupted. What was finished is kept; continue a run with --resume.", 1
+    elif isinstance(error, MobileQatError):
+        message, code = str(error), error.exit_code
+    else:
+        message, code = f"{type(error).__name__}: {error}", 2
+    click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
+    for note in getattr(error, "__notes__", []):
+        click.echo(note, err=True)
+    sys.exit(code)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+# ------------------------------------------------------------------ commands
+
+
+@command
+@click.argument("recipe")
+@click.option("--out", type=EXISTING, help="Run directory.  [default: runs/RECIPE-TIME]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a recipe value, e.g. qat.epochs=2.",
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out after its last finished step.")
+@json_option
+def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: bool, as_json: bool) -> None:
+    """Run a RECIPE: a file, or the name of a shipped one.
+
+    \b
+    Example:
+      mobileqat train digits_dscnn_w8a8 --set qat.epochs=3 --out runs/digits
+    """
+    from mobileqat.recipe import load_recipe
+
+    settings = load_recipe(recipe, overrides)
+    if resume and out is None:
+        raise click.UsageError("--resume needs --out, the directory of the run to continue.")
+    directory = out or Path("runs") / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+    from mobileqat import pipeline
+    from mobileqat.console import RunDisplay
+
+    display = RunDisplay(quiet=as_json)
+    try:
+        with display.log_to(directory):
+            pipeline.train(settings, directory, resume=resume, display=display)
+    finally:
+        _show_report(directory, as_json)
+
+
+@command
+@click.argument("run_dir", type=EXISTING)
+@json_option
+def report(run_dir: Path, as_json: bool) -> None:
+    """Print the report of RUN_DIR again, and rewrite its report.html from report.json.
+
+    \b
+    Example:
+      mobileqat report runs/digits
+    """
+    from mobileqat.report import write_html
+
+    results = _read_report(run_dir)
+    if results is None:
+        raise MobileQatError(
+            f"'{run_dir}' holds no report.json. Finish the run: mobileqat train ... --out {run_dir} --resume"
+        )
+    write_html(results, run_dir / "report.html")
+    _show_report(run_dir, as_json)
+
+
+def _read_report(run_dir: Path) -> dict | None:
+    path = run_dir / "report.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise MobileQatError(f"'{path}' is not valid JSON: {error}") from error
+
+
+def _show_report(run_dir: Path, as_json: bool) -> None:
+    results = _read_report(run_dir) if run_dir.is_dir() else None
+    if results is None:
+        return
+    if as_json:
+        _print_json(results)
+        return
+    from rich.console import Console
+
+    from mobileqat.report import console_summary
+
+    console = Console()
+    console.print(console_summary(results))
+    console.print(f"Report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+@command
+@click.argument("model", type=EXISTING)
+@click.option("-o", "--output", type=EXISTING, help="File to write.  [default: MODEL with .tflite]")
+@data_options(required=False)
+@click.option("--samples", default=512, help="Training samples for calibration.")
+@click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
+@click.option("--scheme", default="w8a8")
+@click.option("--input-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
+@click.option("--output-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
+@json_option
+def convert(
+    model, output, source, data_path, image_size, samples, method, scheme, input_type, output_type, as_json
+) -> None:
+    """Convert MODEL to an integer .tflite file.
+
+    A model saved after quantize_model is converted as it is; a float model is quantized first, with ranges from --data.
+
+    \b
+    Example:
+      mobileqat convert model.keras --data npz --data-path data.npz -o model.tflite
+    """
+    from mobileqat import models, pipeline
+    from mobileqat.flatbuffer import inspect as inspect_file
+
+    loaded = models.load_model(model)
+    dataset = pipeline.load_data(source, data_path, image_size) if source else None
+    content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type)
+    path = output or model.with_suffix(".tflite")
+    pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
+    inspection = inspect_file(content)
+    if as_json:
+        _print_json({"file": str(path)} | inspection.to_dict())
+    else:
+        _print_inspection(path, inspection)
+    _exit_unless(inspection.fully_integer and not inspection.problems)
+
+
+def _exit_unless(passed: bool) -> None:
+    if not passed:
+        sys.exit(1)
+
+
+@command
+@click.argument("file", type=EXISTING)
+@json_option
+def inspect(file: Path, as_json: bool) -> None:
+    """Say what is inside FILE, and whether it is fully integer (exit code 1 if not).
+
+    \b
+    Example:
+      mobileqat inspect qat.tflite --json
+    """
+    from mobileqat.flatbuffer import inspect as inspect_file
+
+    inspection = inspect_file(file)
+    if as_json:
+        _print_json(inspection.to_dict())
+    else:
+        _print_inspection(file, inspection)
+    _exit_unless(inspection.fully_integer and not inspection.problems)
+
+
+def _print_inspection(path: Path, inspection) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True, highlight=False)
+    passed = inspection.fully_integer and not inspection.problems
+    verdict = "[green]fully integer[/]" if passed else "[red]not fully integer[/]"
+    size, weights = inspection.size_bytes / 1000, inspection.weight_bytes / 1000
+    console.print(f"{path}: {verdict}, {size:.1f} kB of which constants {weights:.1f} kB")
+    for role, tensors in (("input", inspection.inputs), ("output", inspection.outputs)):
+        for tensor in tensors:
+            grid = (
+                "" if tensor.scale is None else f", scale {tensor.scale:.6g}, zero point {tensor.zero_point}"
+            )
+            console.print(
+                f"  {role} '{tensor.name}': {tensor.dtype} {list(tensor.shape)}{grid}", markup=False
+            )
+    table = Table("operator", "count", box=None, pad_edge=False)
+    for name, count in sorted(inspection.operator_counts.items(), key=lambda item: -item[1]):
+        table.add_row(name, str(count))
+    console.print(table)
+    for problem in inspection.problems:
+        console.print(f"  - {problem}", markup=False)
+
+
+@command
+@click.argument("model", type=EXISTING)
+@click.argument("file", type=EXISTING)
+@data_options(required=False)
+@click.option("--samples", default=256, help="Test samples; random ones without --data.")
+@runtime_option
+@json_option
+def verify(model, file, source, data_path, image_size, samples, runtime, as_json) -> None:
+    """Compare the quantized Keras MODEL with FILE, in LSBs (exit code 1 beyond the bars).
+
+    \b
+    Example:
+      mobileqat verify runs/digits/models/qat.keras runs/digits/qat.tflite --data digits
+    """
+    from mobileqat import models, pipeline
+
+    loaded = models.load_model(model)
+    dataset = pipeline.load_data(source, data_path, image_size) if source else None
+    result = pipeline.verify_model(loaded, file, dataset, samples, runtime)
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        _print_parity(result)
+    _exit_unless(result.passed)
+
+
+def _print_parity(result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("operator", "kind", "outputs", "identical", "largest", "passed", box=None, pad_edge=False)
+    for row in result.operators:
+        passed = "[green]yes[/]" if row.passed else "[red]no[/]"
+        table.add_row(
+            row.operator, row.kind, str(row.outputs), f"{row.identical:.4%}", f"{row.max_lsb} LSB", passed
+        )
+    console.print(table)
+    weights, whole = result.weights, result.end_to_end
+    console.print(f"weights: {weights.identical} of {weights.compared} integers identical")
+    console.print(
+        f"end to end, {whole.samples} samples on {result.runtime}: {whole.identical:.4%} of the outputs identical, "
+        f"largest difference {whole.max_lsb} LSB, top-1 agreement {whole.top1_agreement:.3%}"
+    )
+    console.print("[green]passed[/]" if result.passed else "[red]failed[/]")
+    for problem in result.problems:
+        console.print(f"  - {problem}", markup=False)
+
+
+@command
+@click.argument("model", type=EXISTING)
+@data_options(required=True)
+@click.option("--limit", type=click.IntRange(1), help="Use only the first test samples.")
+@runtime_option
+@threads_option
+@json_option
+def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_json) -> None:
+    """Score MODEL, a .tflite or Keras file, on the test split of --data.
+
+    \b
+    Example:
+      mobileqat evaluate qat.tflite --data cifar10
+    """
+    from mobileqat import pipeline
+
+    dataset = pipeline.load_data(source, data_path, image_size)
+    result = pipeline.evaluate_file(model, dataset, limit, runtime, threads)
+    if as_json:
+        _print_json(result)
+        return
+    click.echo(
+        f"{model}: accuracy {result['accuracy']:.2%} on {result['samples']} test samples ({result['runtime']})"
+    )
+    for row in result["per_class"]:
+        click.echo(f"  {row['class']:<20} {row['accuracy']:7.2%}  {row['samples']:>6} samples")
+
+
+@command
+@click.argument("files", type=EXISTING, nargs=-1, required=True)
+@click.option("--runs", default=200, type=click.IntRange(1), help="Timed inferences.")
+@click.option("--warmup", default=20, type=click.IntRange(0), help="Inferences before them.")
+@click.option("--cpu", type=click.IntRange(0), help="Pin to this core.")
+@runtime_option
+@threads_option
+@json_option
+def bench(files, runs, warmup, cpu, runtime, threads, as_json) -> None:
+    """Measure the latency of FILES on this machine; several are run in turns and compared with the first.
+
+    \b
+    Example:
+      mobileqat bench float.tflite qat.tflite --threads 2
+    """
+    from mobileqat.bench import host
+
+    settings = {"runtime": runtime, "threads": threads, "warmup": warmup, "runs": runs, "cpu": cpu}
+    comparison = host.compare({str(file): file for file in files}, **settings)
+    if as_json:
+        _print_json(comparison.to_dict())
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "median", "p90", "min", "size", "ratio (min to max)", box=None, pad_edge=False)
+    for name, record in comparison.records.items():
+        latency, ratio = record.latency_ms, comparison.ratios[name]
+        spread = f"{ratio.median:.3f} ({ratio.min:.3f} to {ratio.max:.3f})"
+        times = [f"{value:.3f} ms" for value in (latency.median, latency.p90, latency.min)]
+        table.add_row(name, *times, f"{record.size_bytes / 1000:.1f} kB", spread)
+    console = Console(highlight=False)
+    console.print(table)
+    first = next(iter(comparison.records.values()))
+    console.print(
+        f"{first.runtime} {first.runtime_version}, {threads} thread(s), {warmup} warm-up and {runs} timed runs each "
+        f"on {first.machine['cpu']}"
+    )
+
+
+@command
+@json_option
+def recipes(as_json: bool) -> None:
+    """List the shipped recipes.
+
+    \b
+    Example:
+      mobileqat recipes
+    """
+    from mobileqat.recipe import list_recipes
+
+    rows = list_recipes()
+    if as_json:
+        _print_json(
+            [{"name": row.name, "path": str(row.path), "description": row.description} for row in rows]
+        )
+        return
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        click.echo(f"{row.name:<{width}}  {row.description}")
+    click.echo("\nRun one with: mobileqat train NAME")

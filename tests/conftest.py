@@ -1,0 +1,20 @@
+"""Quiet logs and the same random numbers in every test."""
+
+import logging
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+logging.getLogger("tensorflow").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers(request):
+    """Seeds Python, NumPy and Keras where a test module uses Keras; leaves the light modules light."""
+    keras = getattr(request.module, "keras", None)
+    if keras is not None:
+        keras.utils.set_random_seed(0)
+        keras.backend.clear_session()
