@@ -32,7 +32,7 @@ _MODULES = {
     "strip": "quantize",
     "verify": "parity",
 }
-__all__ = sorted(_MODULES)  # noqa: PLE0605 - a list of names, made from the table above
+__all__ = sorted(_MODULES)
 
 
 class _Package(types.ModuleType):

@@ -46,9 +46,7 @@ def calibrate(
         DataError: data that does not fit the model's inputs.
     """
     if method not in METHODS:
-        raise CalibrationError(
-            f"Unknown calibration method {method!r}. Expected one of: {', '.join(METHODS)}."
-        )
+        raise CalibrationError(f"Unknown calibration method {method!r}. Expected one of: {', '.join(METHODS)}.")
     if not 50 < percentile <= 100:
         raise CalibrationError(f"percentile must be in (50, 100]. Received: {percentile}")
     batches = list(_batches(model, data, batch_size))
@@ -99,9 +97,7 @@ def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
     else:
         arrays = [np.asarray(data)]
     if len(arrays) != len(names):
-        raise DataError(
-            f"Model '{model.name}' has {len(names)} inputs {names}. Received: {len(arrays)} arrays"
-        )
+        raise DataError(f"Model '{model.name}' has {len(names)} inputs {names}. Received: {len(arrays)} arrays")
     for name, array in zip(names, arrays, strict=True):
         expected = model.plan.tensors[name].shape
         if array.shape[1:] != expected or len(array) != len(arrays[0]):
@@ -112,11 +108,7 @@ def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
 
 
 def _observed(model: QuantizedModel) -> list[str]:
-    return [
-        name
-        for name, quantizer in model.quantizers.items()
-        if quantizer.is_learned and name in quantizer.members
-    ]
+    return [name for name, quantizer in model.quantizers.items() if quantizer.is_learned and name in quantizer.members]
 
 
 def _activations(model: QuantizedModel, inputs) -> dict[str, tf.Tensor]:
@@ -147,9 +139,7 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
     if not np.isfinite(seen).all():
         # min and max propagate NaN only in some kernels, so the first tensor named is where it surfaced.
         broken = [
-            name
-            for name, values in zip(names, seen.transpose(1, 0, 2), strict=True)
-            if not np.isfinite(values).all()
+            name for name, values in zip(names, seen.transpose(1, 0, 2), strict=True) if not np.isfinite(values).all()
         ]
         raise CalibrationError(
             f"Activation tensor '{broken[0]}' is not finite on the calibration data ({len(broken)} such tensors). "

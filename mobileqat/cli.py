@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 a check failed or the run was interrupted, 2 the request c
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -24,9 +23,7 @@ EXISTING = click.Path(path_type=Path)
 RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
 
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
-json_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else."
-)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option(
     "--runtime", type=click.Choice(RUNTIMES), default="litert", show_default=True, help="Interpreter."
 )
@@ -43,9 +40,7 @@ def data_options(required: bool) -> Callable:
         help="digits, cifar10, fashion_mnist, image_folder, npz or module:function.",
     )
     path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder and npz.")
-    size = click.option(
-        "--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder."
-    )
+    size = click.option("--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder.")
     return lambda function: source(path(size(function)))
 
 
@@ -85,7 +80,8 @@ def _quiet_tensorflow(debug: bool) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
-    if isinstance(sys.stderr, io.TextIOWrapper) and sys.stderr.fileno() == 2:
+    # A stderr that somebody has replaced (tests, notebooks) stays as it is.
+    if sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2:
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
@@ -269,12 +265,8 @@ def _print_inspection(path: Path, inspection) -> None:
     console.print(f"{path}: {verdict}, {size:.1f} kB of which constants {weights:.1f} kB")
     for role, tensors in (("input", inspection.inputs), ("output", inspection.outputs)):
         for tensor in tensors:
-            grid = (
-                "" if tensor.scale is None else f", scale {tensor.scale:.6g}, zero point {tensor.zero_point}"
-            )
-            console.print(
-                f"  {role} '{tensor.name}': {tensor.dtype} {list(tensor.shape)}{grid}", markup=False
-            )
+            grid = "" if tensor.scale is None else f", scale {tensor.scale:.6g}, zero point {tensor.zero_point}"
+            console.print(f"  {role} '{tensor.name}': {tensor.dtype} {list(tensor.shape)}{grid}", markup=False)
     table = Table("operator", "count", box=None, pad_edge=False)
     for name, count in sorted(inspection.operator_counts.items(), key=lambda item: -item[1]):
         table.add_row(name, str(count))
@@ -317,9 +309,7 @@ def _print_parity(result) -> None:
     table = Table("operator", "kind", "outputs", "identical", "largest", "passed", box=None, pad_edge=False)
     for row in result.operators:
         passed = "[green]yes[/]" if row.passed else "[red]no[/]"
-        table.add_row(
-            row.operator, row.kind, str(row.outputs), f"{row.identical:.4%}", f"{row.max_lsb} LSB", passed
-        )
+        table.add_row(row.operator, row.kind, str(row.outputs), f"{row.identical:.4%}", f"{row.max_lsb} LSB", passed)
     console.print(table)
     weights, whole = result.weights, result.end_to_end
     console.print(f"weights: {weights.identical} of {weights.compared} integers identical")
@@ -353,9 +343,7 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
     if as_json:
         _print_json(result)
         return
-    click.echo(
-        f"{model}: accuracy {result['accuracy']:.2%} on {result['samples']} test samples ({result['runtime']})"
-    )
+    click.echo(f"{model}: accuracy {result['accuracy']:.2%} on {result['samples']} test samples ({result['runtime']})")
     for row in result["per_class"]:
         click.echo(f"  {row['class']:<20} {row['accuracy']:7.2%}  {row['samples']:>6} samples")
 
@@ -413,9 +401,7 @@ def recipes(as_json: bool) -> None:
 
     rows = list_recipes()
     if as_json:
-        _print_json(
-            [{"name": row.name, "path": str(row.path), "description": row.description} for row in rows]
-        )
+        _print_json([{"name": row.name, "path": str(row.path), "description": row.description} for row in rows])
         return
     width = max(len(row.name) for row in rows)
     for row in rows:

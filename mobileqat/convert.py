@@ -75,10 +75,7 @@ def convert_float(model: keras.Model, *, batch_size: int = 1) -> bytes:
     import tensorflow as tf
 
     check_finite_weights(model)
-    specs = [
-        tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, t._keras_history.operation.name)
-        for t in model.inputs
-    ]
+    specs = [tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, t._keras_history.operation.name) for t in model.inputs]
     function = tf.function(lambda *inputs: model(inputs if len(inputs) > 1 else inputs[0], training=False))
     concrete = function.get_concrete_function(*specs)
     # With the function as the trackable object the converter freezes its variables; with the model it does not.
@@ -208,18 +205,14 @@ class _Writer:
 
     # -------------------------------------------------------------- operators
 
-    def operator(
-        self, kind: str, inputs: Sequence[int], output: int, options: Any = None, version: int = 1
-    ) -> None:
+    def operator(self, kind: str, inputs: Sequence[int], output: int, options: Any = None, version: int = 1) -> None:
         operator = schema.OperatorT()
         operator.opcodeIndex = self.codes.setdefault((kind, version), len(self.codes))
         operator.inputs = np.asarray(inputs, np.int32)
         operator.outputs = np.asarray([output], np.int32)
         if options is not None:
             operator.builtinOptions = options
-            operator.builtinOptionsType = getattr(
-                schema.BuiltinOptions, type(options).__name__.removesuffix("T")
-            )
+            operator.builtinOptionsType = getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
         self.operators.append(operator)
 
     def write(self, input_type: np.dtype, output_type: np.dtype) -> bytes:
@@ -308,12 +301,8 @@ class _Writer:
         subgraph.inputs, subgraph.outputs = np.asarray(inputs, np.int32), np.asarray(outputs, np.int32)
         signature = schema.SignatureDefT()
         signature.signatureKey = "serving_default"
-        signature.inputs = [
-            _tensor_map(name, index) for name, index in zip(self.plan.inputs, inputs, strict=True)
-        ]
-        signature.outputs = [
-            _tensor_map(name, index) for name, index in zip(self.plan.outputs, outputs, strict=True)
-        ]
+        signature.inputs = [_tensor_map(name, index) for name, index in zip(self.plan.inputs, inputs, strict=True)]
+        signature.outputs = [_tensor_map(name, index) for name, index in zip(self.plan.outputs, outputs, strict=True)]
         file = schema.ModelT()
         file.version = 3
         file.description = f"mobileqat {self.plan.scheme.name}"
@@ -467,9 +456,7 @@ def _plain(name: str | None, version: int, **fields: Callable[[QuantizeWrapper],
     """An operator without constant operands; `fields` compute its options from the wrapper."""
 
     def emit(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-        options = (
-            _options(name, **{field: value(wrapper) for field, value in fields.items()}) if name else None
-        )
+        options = _options(name, **{field: value(wrapper) for field, value in fields.items()}) if name else None
         return options, [], version
 
     return emit

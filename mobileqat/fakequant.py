@@ -97,12 +97,8 @@ class FakeQuantize(keras.layers.Layer):
         if self.is_learned:
             float32 = {"dtype": "float32", "trainable": False, "autocast": False}
             count = len(self.members)
-            self.range_sum = self.add_weight(
-                name="range_sum", shape=(count, 2), initializer="zeros", **float32
-            )
-            self.range_weight = self.add_weight(
-                name="range_weight", shape=(count,), initializer="zeros", **float32
-            )
+            self.range_sum = self.add_weight(name="range_sum", shape=(count, 2), initializer="zeros", **float32)
+            self.range_weight = self.add_weight(name="range_weight", shape=(count,), initializer="zeros", **float32)
         self.built = True
 
     @property

@@ -386,9 +386,7 @@ def _read_code(reader: _Reader, table: Any) -> tuple[str, int]:
     return (reader.string(table, _CODE_CUSTOM_NAME) or name) if name == "CUSTOM" else name, table.Version()
 
 
-def _read_subgraph(
-    reader: _Reader, table: Any, buffers: list[np.ndarray], codes: list[tuple[str, int]]
-) -> Subgraph:
+def _read_subgraph(reader: _Reader, table: Any, buffers: list[np.ndarray], codes: list[tuple[str, int]]) -> Subgraph:
     tensor_rows, operator_rows = reader.tables(table, "Tensors"), reader.tables(table, "Operators")
     subgraph = Subgraph(
         tuple(_read_tensor(reader, row, index, buffers) for index, row in enumerate(tensor_rows)),
@@ -614,9 +612,7 @@ def inspect(source: bytes | str | Path) -> Inspection:
 def _details(tensor: Tensor) -> TensorDetails:
     if tensor.scales is None or tensor.zero_points is None or tensor.scales.size != 1:
         return TensorDetails(tensor.name, tensor.shape, tensor.dtype, None, None)
-    return TensorDetails(
-        tensor.name, tensor.shape, tensor.dtype, float(tensor.scales[0]), int(tensor.zero_points[0])
-    )
+    return TensorDetails(tensor.name, tensor.shape, tensor.dtype, float(tensor.scales[0]), int(tensor.zero_points[0]))
 
 
 def _is_conversion(operator: Operator) -> bool:

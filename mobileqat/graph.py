@@ -107,9 +107,7 @@ class _Reader:
                 continue
             arguments = [names[id(tensor)] for tensor in keras_node.input_tensors]
             outputs = self._call(operation, prefix + operation.name, arguments, keras_node.output_tensors)
-            names.update(
-                (id(tensor), name) for tensor, name in zip(keras_node.output_tensors, outputs, strict=True)
-            )
+            names.update((id(tensor), name) for tensor, name in zip(keras_node.output_tensors, outputs, strict=True))
         return [names[id(tensor)] for tensor in functional.outputs]
 
     def _call(self, operation, path: str, arguments: list[str], results) -> list[str]:

@@ -78,9 +78,7 @@ def _depthwise_conv_2d(layer, x, weights):
 
 
 def _transpose_conv(layer, x, weights):
-    return keras.ops.conv_transpose(
-        x, weights, list(layer.strides), layer.padding, data_format=layer.data_format
-    )
+    return keras.ops.conv_transpose(x, weights, list(layer.strides), layer.padding, data_format=layer.data_format)
 
 
 def _fully_connected(layer, x, weights):
@@ -142,16 +140,12 @@ def mul(layer, inputs, grids, output: Grid, activation: str):
     (a, b), (grid_a, grid_b) = inputs, grids
     # An integer product keeps TensorFlow's graph optimizer from reordering the float multiplications.
     products = tf.cast(_centred(a, grid_a) * _centred(b, grid_b), tf.float32)
-    return requantize(
-        products, quotient(product(grid_a.scale, grid_b.scale), output.scale), output, activation
-    )
+    return requantize(products, quotient(product(grid_a.scale, grid_b.scale), output.scale), output, activation)
 
 
 def _fixed_point_8(centred, multiplier, output: Grid):
     integers = tf.bitwise.right_shift(centred * multiplier + 128, 8)
-    return tf.clip_by_value(
-        tf.cast(integers, tf.float32) + output.zero_point, float(output.qmin), float(output.qmax)
-    )
+    return tf.clip_by_value(tf.cast(integers, tf.float32) + output.zero_point, float(output.qmin), float(output.qmax))
 
 
 def leaky_relu(layer, inputs, grids, output: Grid, activation: str):

@@ -65,8 +65,7 @@ class _Lowerer:
         self.problems: list[str] = []
         self.alias = {name: name for name in graph.inputs}
         self.tensors = {
-            name: keras.KerasTensor(graph.tensors[name].shape, graph.tensors[name].dtype)
-            for name in graph.inputs
+            name: keras.KerasTensor(graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs
         }
         self._copies: dict[tuple[int, str], keras.layers.Layer] = {}
 
@@ -215,9 +214,7 @@ def _activation(lowerer: _Lowerer, node: Node, inputs) -> str:
 def _relu(lowerer: _Lowerer, node: Node, inputs) -> str:
     layer = node.layer
     if layer.negative_slope and layer.max_value is None and not layer.threshold:
-        return lowerer.emit(
-            node.path, keras.layers.LeakyReLU(negative_slope=float(layer.negative_slope)), inputs
-        )
+        return lowerer.emit(node.path, keras.layers.LeakyReLU(negative_slope=float(layer.negative_slope)), inputs)
     return _plain(lowerer, node, inputs)
 
 
@@ -234,9 +231,7 @@ def _chain(lowerer: _Lowerer, node: Node, inputs) -> str:
 def _concatenate(lowerer: _Lowerer, node: Node, inputs) -> str:
     """All inputs share the output's parameters; one whose parameters are fixed is requantized first."""
     inputs = tuple(
-        lowerer.emit(f"{node.path}/requantize_{index}", Requantize(), (tensor,))
-        if lowerer.is_fixed(tensor)
-        else tensor
+        lowerer.emit(f"{node.path}/requantize_{index}", Requantize(), (tensor,)) if lowerer.is_fixed(tensor) else tensor
         for index, tensor in enumerate(inputs)
     )
     return lowerer.emit(node.path, lowerer.copy(node.layer), inputs)

@@ -90,8 +90,9 @@ class Run:
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
 
-    def keep_outputs(self, variant: str, **arrays: np.ndarray) -> None:
-        self.directory.write(f"outputs/{variant}.npz", lambda path: np.savez_compressed(path, **arrays))
+    def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray) -> None:
+        arrays = {"interpreter": interpreter, "simulation": simulation}
+        self.directory.write(f"outputs/{variant}.npz", lambda path: np.savez(path, allow_pickle=False, **arrays))
 
     def outputs(self, variant: str) -> dict[str, np.ndarray]:
         with np.load(self.directory.path / "outputs" / f"{variant}.npz") as arrays:
@@ -125,9 +126,7 @@ def _float(run: Run) -> dict:
     keras.utils.set_random_seed(recipe.seed)
 
     def build():
-        return models.build_model(
-            recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args
-        )
+        return models.build_model(recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args)
 
     model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
     _check_fits(model, data)
@@ -154,9 +153,7 @@ def _float(run: Run) -> dict:
 def _check_fits(model: keras.Model, data: Dataset) -> None:
     expected, received = tuple(model.input_shape[1:]), data.train.x.shape[1:]
     if expected != received:
-        raise ModelError(
-            f"Model '{model.name}' takes samples of shape {expected}. The data's are {received}."
-        )
+        raise ModelError(f"Model '{model.name}' takes samples of shape {expected}. The data's are {received}.")
     if model.output_shape[-1] != len(data.class_names):
         raise ModelError(
             f"Model '{model.name}' has {model.output_shape[-1]} outputs. The data has {len(data.class_names)} classes."
@@ -253,7 +250,7 @@ def _parity(run: Run) -> dict:
             if not result.passed:
                 problems = "\n".join(f"  - {problem}" for problem in result.problems)
                 run.fail(ParityError(f"{variant}.tflite does not compute what was trained:\n{problems}"))
-        run.keep_outputs(variant, interpreter=interpreted, simulation=simulated)
+        run.keep_outputs(variant, interpreted, simulated)
     return results
 
 
@@ -326,7 +323,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
     """
     run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display)
     try:
-        run.directory.write_json("environment.json", environment())
+        run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
         for name, step in STEPS.items():
             _run_step(run, name, step)
         results = collect(run)
@@ -393,13 +390,16 @@ def collect(run: Run) -> dict:
         "data": results["data"],
         "model": results["float"].get("model"),
         "variants": variants,
-        "training": {
-            name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")
-        },
+        "training": {name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")},
         "plan": results["qat"].get("plan") or results["ptq"].get("plan"),
         "steps": [{key: value for key, value in step.items() if key != "result"} for step in run.steps],
         "environment": environment(),
     }
+
+
+def installed_packages() -> dict[str, str]:
+    """Version of every installed package."""
+    return dict(sorted((package.metadata["Name"], package.version) for package in metadata.distributions()))
 
 
 def environment() -> dict:
@@ -436,9 +436,7 @@ def convert_model(
     return convert(model, input_type=input_type, output_type=output_type)
 
 
-def verify_model(
-    model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str
-) -> parity.Parity:
+def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str) -> parity.Parity:
     """Parity of a quantized model with a file, on test samples or on random ones from the inputs' grids."""
     if not isinstance(model, QuantizedModel):
         raise ModelError(

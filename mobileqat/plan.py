@@ -150,13 +150,9 @@ def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
     paths = [node.path for node in graph.nodes]
     excluded: set[str] = set()
     for pattern in patterns:
-        matched = {
-            p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, pattern + "/*")
-        }
+        matched = {p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, pattern + "/*")}
         if not matched:
-            raise MobileQatError(
-                f"exclude={pattern!r} matches no layer of '{graph.name}'. Layers: {', '.join(paths)}"
-            )
+            raise MobileQatError(f"exclude={pattern!r} matches no layer of '{graph.name}'. Layers: {', '.join(paths)}")
         excluded |= matched
     return excluded
 
@@ -199,11 +195,7 @@ def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
 def _only_consumer(graph: Graph, node: Node, layer_class: str) -> Node | None:
     """The consumer of a node's output if it is the only one, of that class, and the output is not a model output."""
     consumers = graph.consumers(node.path)
-    if (
-        len(consumers) == 1
-        and node.path not in graph.outputs
-        and type(consumers[0].layer).__name__ == layer_class
-    ):
+    if len(consumers) == 1 and node.path not in graph.outputs and type(consumers[0].layer).__name__ == layer_class:
         return consumers[0]
     return None
 

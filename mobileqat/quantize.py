@@ -40,7 +40,7 @@ class QuantizedModel(keras.Model):
     def quantizers(self) -> dict[str, FakeQuantize]:
         """The activation quantizer of every tensor that has a grid."""
         found = dict(self._input_quantizers())
-        for name, wrapper in self.operators.items():
+        for wrapper in self.operators.values():
             if wrapper.output_quantizer is not None:
                 found[wrapper.operator.output] = wrapper.output_quantizer
         return found
@@ -80,9 +80,7 @@ class QuantizedModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        float_model = keras.saving.deserialize_keras_object(
-            config["float_model"], custom_objects=custom_objects
-        )
+        float_model = keras.saving.deserialize_keras_object(config["float_model"], custom_objects=custom_objects)
         return quantize_model(float_model, **config["options"], name=config["name"])
 
 
@@ -123,9 +121,7 @@ def quantize_model(
     scheme = get_scheme(scheme)
     pinned = tuple(float(bound) for bound in input_range) if input_range is not None else None
     if pinned is not None and not pinned[0] < pinned[1]:
-        raise ModelError(
-            f"input_range must be (minimum, maximum) with minimum < maximum. Received: {input_range}"
-        )
+        raise ModelError(f"input_range must be (minimum, maximum) with minimum < maximum. Received: {input_range}")
     graph = graphs.read(model)
     lowered = lower(graph, graph.inputs if pinned else ())
     plan = make_plan(lowered, scheme, tuple(exclude))
@@ -153,9 +149,7 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
     for tensor in plan.inputs:
         info = lowered.tensors[tensor]
         inputs.append(keras.Input(info.shape[1:], name=tensor, dtype=info.dtype))
-        values[tensor] = (
-            inputs[-1] if quantizer(tensor) is None else quantizer(tensor)(inputs[-1], member=tensor)
-        )
+        values[tensor] = inputs[-1] if quantizer(tensor) is None else quantizer(tensor)(inputs[-1], member=tensor)
     for operator in plan.operators:
         planned = plan.tensors[operator.output]
         wrapper = QuantizeWrapper(
@@ -163,9 +157,7 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
             layers[operator.name],
             layers[operator.batch_norm] if operator.batch_norm else None,
             layers[operator.activation] if operator.activation else None,
-            plan.scheme.weights
-            if operator.quantized and get_rule(layers[operator.name]).has_kernel
-            else None,
+            plan.scheme.weights if operator.quantized and get_rule(layers[operator.name]).has_kernel else None,
             tuple(quantizer(tensor) for tensor in operator.inputs),
             quantizer(operator.output),
             operator.output if planned.output is Output.OWN else None,
@@ -235,9 +227,7 @@ def quantize_annotate_layer(layer: keras.layers.Layer) -> QuantizeAnnotate:
         >>> q = quantize_apply(model)
     """
     if isinstance(layer, keras.Model):
-        raise ModelError(
-            f"'{layer.name}' is a model. Mark it with quantize_annotate_model, or mark its layers."
-        )
+        raise ModelError(f"'{layer.name}' is a model. Mark it with quantize_annotate_model, or mark its layers.")
     return QuantizeAnnotate(layer)
 
 
@@ -300,15 +290,11 @@ def strip(model: QuantizedModel) -> keras.Model:
         A new model of the original architecture: no wrapper, no fake quantization.
     """
     if not isinstance(model, QuantizedModel):
-        raise ModelError(
-            f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'."
-        )
+        raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'.")
     float_model = keras.saving.deserialize_keras_object(model._float_config)
     trained = {node: layer for wrapper in model.operators.values() for node, layer in _wrapped(wrapper)}
     for node in lower(graphs.read(float_model)).nodes:
-        for source, variable in zip(
-            node.sources, trained[node.path].weights if node.sources else (), strict=True
-        ):
+        for source, variable in zip(node.sources, trained[node.path].weights if node.sources else (), strict=True):
             source.assign(variable)
     return float_model
 

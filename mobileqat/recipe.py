@@ -117,9 +117,7 @@ class Data(Section):
         default=None,
         description="folder or file of image_folder and npz; ${VAR} is read from the environment",
     )
-    image_size: ImageSize = Field(
-        default=None, description="[height, width] to resize to; null keeps the source's"
-    )
+    image_size: ImageSize = Field(default=None, description="[height, width] to resize to; null keeps the source's")
     validation_fraction: float = Field(
         default=0.1, gt=0, le=0.5, description="share of the training examples held out for validation"
     )
@@ -130,13 +128,9 @@ class Data(Section):
     @model_validator(mode="after")
     def _path_fits_source(self) -> "Data":
         if self.source in get_args(PathSource) and self.path is None:
-            raise _conflict(
-                "path", f"missing, expected the path that source {self.source} reads, received null"
-            )
+            raise _conflict("path", f"missing, expected the path that source {self.source} reads, received null")
         if self.source in get_args(PathlessSource) and self.path is not None:
-            raise _conflict(
-                "path", f"has no use, expected null for source {self.source}, received {_shown(self.path)}"
-            )
+            raise _conflict("path", f"has no use, expected null for source {self.source}, received {_shown(self.path)}")
         return self
 
 
@@ -159,15 +153,9 @@ class Training(Section):
     optimizer: Literal["adam", "adamw", "sgd"] = Field(default="adam", description="Keras optimizer")
     learning_rate: LearningRate = 1e-3
     schedule: Literal["constant", "cosine"] = Field(default="cosine", description="learning rate over time")
-    warmup_epochs: float = Field(
-        default=0.0, ge=0, description="epochs of linear warm-up; fractions are allowed"
-    )
-    weight_decay: float = Field(
-        default=0.0, ge=0, description="weight decay per step, relative to the learning rate"
-    )
-    label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each label spread over all classes"
-    )
+    warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up; fractions are allowed")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay per step, relative to the learning rate")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of each label spread over all classes")
 
     @model_validator(mode="after")
     def _warmup_fits_epochs(self) -> "Training":
@@ -186,13 +174,9 @@ class QatTraining(Training):
     enabled: bool = Field(default=True, description="false stops at post-training quantization")
     epochs: Epochs = 5
     learning_rate: LearningRate = 1e-4
-    distillation: Share = Field(
-        default=0.0, description="weight of the loss against the float model's outputs"
-    )
+    distillation: Share = Field(default=0.0, description="weight of the loss against the float model's outputs")
     temperature: float = Field(default=2.0, gt=0, description="temperature of the distillation softmax")
-    ema_decay: float = Field(
-        default=0.99, gt=0, lt=1, description="decay of the moving activation ranges, per step"
-    )
+    ema_decay: float = Field(default=0.99, gt=0, lt=1, description="decay of the moving activation ranges, per step")
     freeze_observers_after: Share = Field(
         default=0.5, description="share of training after which activation ranges stay as they are"
     )
@@ -256,9 +240,7 @@ class Parity(Section):
     )
     max_lsb: int = Field(default=1, ge=0, description="largest difference of one operator's outputs, in LSB")
     min_top1_agreement: Share = Field(default=0.999, description="share of equal top-1 classes, end to end")
-    min_identical_output: Share = Field(
-        default=0.99, description="share of identical model outputs, end to end"
-    )
+    min_identical_output: Share = Field(default=0.99, description="share of identical model outputs, end to end")
 
 
 class Evaluate(Section):
@@ -296,9 +278,7 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
     data: Data = Field(description="a section with at least `source`")
     model: Model = Field(description="a section with at least `name`")
-    float: Training = Field(
-        default=Training(), description="float training; 0 epochs use the weights as they are"
-    )
+    float: Training = Field(default=Training(), description="float training; 0 epochs use the weights as they are")
     quantize: Quantize = Field(default=Quantize(), description="quantization scheme and calibration")
     qat: QatTraining = Field(default=QatTraining(), description="quantization-aware fine-tuning")
     convert: Convert = Field(default=Convert(), description="interface of the flatbuffer")
@@ -499,9 +479,7 @@ class _Document:
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALAR_TAGS:
             return self._read_scalar(node, path)
         tag = _short(node.tag.removeprefix("tag:yaml.org,2002:"))
-        self._add(
-            path, f"wrong type, expected text (quote it), a number, true, false or null, received {tag}"
-        )
+        self._add(path, f"wrong type, expected text (quote it), a number, true, false or null, received {tag}")
         return None
 
     def _read_mapping(

@@ -108,9 +108,7 @@ def _batch_norm(layer, shapes):
 
 RULES: dict[str, Rule] = {
     "Conv2D": Rule("CONV_2D", channel_axes=(3,), fuses_activation=True, refuse=_channels_last),
-    "DepthwiseConv2D": Rule(
-        "DEPTHWISE_CONV_2D", channel_axes=(2, 3), fuses_activation=True, refuse=_depthwise
-    ),
+    "DepthwiseConv2D": Rule("DEPTHWISE_CONV_2D", channel_axes=(2, 3), fuses_activation=True, refuse=_depthwise),
     "Conv2DTranspose": Rule("TRANSPOSE_CONV", channel_axes=(2,), fuses_activation=True, refuse=_transposed),
     "Dense": Rule("FULLY_CONNECTED", channel_axes=(1,), fuses_activation=True),
     "BatchNormalization": Rule(GONE, refuse=_batch_norm),

@@ -21,6 +21,8 @@ from typing import Any
 
 from mobileqat.errors import RunDirectoryError
 
+UNFINISHED = ".unfinished-"
+
 
 class RunDirectory:
     """Creates or reopens a run directory and locks it.
@@ -36,13 +38,30 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, recipe: str, resume: bool = False):
         self.path = Path(path)
+        if resume and not (self.path / "recipe.yaml").is_file():
+            raise RunDirectoryError(f"'{self.path}' holds no run to resume (no recipe.yaml). Start it without --resume.")
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
+            try:
+                self._prepare(recipe, resume)
+            except BaseException:
+                self.close()
+                raise
+
+    def _prepare(self, recipe: str, resume: bool) -> None:
+        if any((self.path / "models").glob("*.keras")):
             self._check_recipe(recipe, resume)
-            for folder in ("models", "steps", "outputs"):
-                (self.path / folder).mkdir(exist_ok=True)
-            self.write_text("recipe.yaml", recipe)
+        else:
+            # A run that ended before it had any model, by a wrong path say, does not block its directory.
+            for record in (self.path / "steps").glob("*.json"):
+                record.unlink()
+        for folder in ("models", "steps", "outputs"):
+            (self.path / folder).mkdir(exist_ok=True)
+        for folder in (".", "models", "steps", "outputs"):
+            for unfinished in (self.path / folder).glob(f"{UNFINISHED}*"):
+                unfinished.unlink()  # of a process that was killed: the lock says that nobody writes here
+        self.write_text("recipe.yaml", recipe)
 
     def _take_lock(self):
         lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
@@ -56,20 +75,15 @@ class RunDirectory:
         return lock
 
     def _check_recipe(self, recipe: str, resume: bool) -> None:
-        previous = self.path / "recipe.yaml"
-        if not previous.exists():
-            if resume:
-                raise RunDirectoryError(f"'{self.path}' holds no run to resume (no recipe.yaml).")
-            return
         if not resume:
             raise RunDirectoryError(
                 f"'{self.path}' holds a run already. Continue it with --resume, or choose another --out."
             )
-        if previous.read_text() != recipe:
-            changes = _difference(previous.read_text(), recipe)
+        previous = (self.path / "recipe.yaml").read_text()
+        if previous != recipe:
             raise RunDirectoryError(
-                f"The recipe has changed since '{self.path}' was started:\n{changes}\nUndo the change, or start a "
-                "new run with another --out."
+                f"The recipe has changed since '{self.path}' was started:\n{_difference(previous, recipe)}\nUndo the "
+                "change, or start a new run with another --out."
             )
 
     def close(self) -> None:
@@ -100,37 +114,42 @@ class RunDirectory:
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
         """Lets `writer` fill a temporary file, and gives it its final name once it is on disk."""
-        with disk_errors(self.path):
-            return write_whole(self.path / name, writer)
+        return write_whole(self.path / name, writer)
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:
-    """Writes a file under a temporary name in the same folder, syncs it, then renames it."""
+    """Writes a file under a temporary name in the same folder, syncs it, then renames it.
+
+    Raises:
+        RunDirectoryError: a disk that is full or cannot be written; the file is then what it was before.
+    """
     # The suffix stays: Keras chooses the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        writer(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    temporary = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")
+    with disk_errors(path):
+        try:
+            writer(temporary)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turns a full or read-only disk into a RunDirectoryError."""
+    """Turns the errors of a disk that is full or cannot be written into a RunDirectoryError."""
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunDirectoryError(
-                f"The disk of '{path}' is full. What was finished is kept; free some space and use --resume."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise RunDirectoryError(f"'{path}' cannot be written: {error.strerror}.") from error
-        raise
+        if is_disk_full(error):
+            raise RunDirectoryError(f"The disk of '{path}' is full. Free some space, then try again.") from error
+        raise RunDirectoryError(f"'{path}' cannot be written: {error.strerror or error}.") from error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error of Python, h5py or TensorFlow says that no space is left."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _difference(old: str, new: str) -> str:

@@ -67,9 +67,7 @@ def available_runtimes() -> dict[str, str]:
 
     A usable runtime is one whose value starts with a digit; the reasons start with "not".
     """
-    return {
-        name: _version(runtime) or f"not usable: {_refusal(runtime)}" for name, runtime in RUNTIMES.items()
-    }
+    return {name: _version(runtime) or f"not usable: {_refusal(runtime)}" for name, runtime in RUNTIMES.items()}
 
 
 def resolve_default() -> str:
@@ -163,9 +161,7 @@ class Session:
 
     def set_inputs(self, *arrays: np.ndarray) -> None:
         """Copies raw arrays into the inputs, for `invoke`; the arguments are those of `run`."""
-        for details, index, array in zip(
-            self.inputs, self._input_indices, self._in_order(arrays), strict=True
-        ):
+        for details, index, array in zip(self.inputs, self._input_indices, self._in_order(arrays), strict=True):
             if array.dtype != details.dtype or array.shape != details.shape:
                 raise DataError(
                     f"input '{details.name}' takes {details.dtype} {details.shape}. "
@@ -369,9 +365,7 @@ def _to_raw(array: np.ndarray, details: TensorDetails, quantize: bool) -> np.nda
 def _quantize(x: np.ndarray, scale: float, zero_point: int, dtype: str) -> np.ndarray:
     bounds = np.iinfo(dtype)
     # In float32 as the kernel does it. Clipping first is the same, and keeps infinities out of the rounding.
-    ratio = np.clip(
-        x.astype(np.float32) / np.float32(scale), bounds.min - zero_point, bounds.max - zero_point
-    )
+    ratio = np.clip(x.astype(np.float32) / np.float32(scale), bounds.min - zero_point, bounds.max - zero_point)
     return (numerics.round_half_away(ratio) + np.float32(zero_point)).astype(dtype)
 
 
@@ -391,6 +385,5 @@ def _equal(first: Any, second: Any) -> bool:
     """Integers equal; floats close, since the order of summation may depend on the batch."""
     pairs = [(first, second)] if isinstance(first, np.ndarray) else list(zip(first, second, strict=True))
     return all(
-        a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-5 if a.dtype.kind == "f" else 0)
-        for a, b in pairs
+        a.shape == b.shape and np.allclose(a, b, rtol=1e-4, atol=1e-5 if a.dtype.kind == "f" else 0) for a, b in pairs
     )

@@ -109,16 +109,12 @@ def gives_probabilities(model: keras.Model) -> bool:
     )
 
 
-def training_batches(
-    dataset: Dataset, batch_size: int, augment: Augment | None, seed: int
-) -> tf.data.Dataset:
+def training_batches(dataset: Dataset, batch_size: int, augment: Augment | None, seed: int) -> tf.data.Dataset:
     """Shuffled, augmented batches (x float32, y one-hot float32) of the train split, the same for the same seed."""
     x, y = dataset.train.x, _one_hot(dataset, dataset.train.y)
     batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).batch(batch_size)
     if augment is not None and (augment.flip or augment.shift or augment.cutout):
-        batches = augment_images(
-            batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seed
-        )
+        batches = augment_images(batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seed)
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
@@ -222,9 +218,7 @@ class _Recorder(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        self.history.epochs.append(
-            {"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started}
-        )
+        self.history.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
         # A later epoch wins a tie: it has trained longer on the frozen grid.
         if self.keep_best and (self._best is None or row["val_accuracy"] >= self._best[0]):
             self._best = (row["val_accuracy"], epoch + 1, self.watched.get_weights())

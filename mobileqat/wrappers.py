@@ -79,14 +79,10 @@ class QuantizeWrapper(keras.layers.Layer):
     def call(self, inputs, training=None):
         if self.operator.quantized and not training:
             return self._infer(tf.nest.flatten(inputs))
-        x = self.float_call(
-            inputs, training, self._fake_quantized_kernel() if self.operator.quantized else None
-        )
+        x = self.float_call(inputs, training, self._fake_quantized_kernel() if self.operator.quantized else None)
         x = tf.cast(x, tf.float32)
         return (
-            self.output_quantizer(x, member=self.member, training=training)
-            if self._quantizes_output(training)
-            else x
+            self.output_quantizer(x, member=self.member, training=training) if self._quantizes_output(training) else x
         )
 
     def _quantizes_output(self, training) -> bool:
@@ -219,9 +215,7 @@ class QuantizeWrapper(keras.layers.Layer):
         axes = self.rule.channel_axes
         kernel = tf.convert_to_tensor(self.kernel)
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
-        bias = (
-            tf.convert_to_tensor(self.layer.bias) if self.layer.use_bias else tf.zeros(np.prod(channel_shape))
-        )
+        bias = tf.convert_to_tensor(self.layer.bias) if self.layer.use_bias else tf.zeros(np.prod(channel_shape))
         if self.batch_norm is not None:
             factor, offset = self._batch_norm_affine()
             kernel, bias = kernel * tf.reshape(factor, channel_shape), bias * factor + offset

@@ -11,6 +11,11 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+    # Keras 3 converts its variables to NumPy in a way that NumPy 2 deprecates.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't accept:DeprecationWarning")
+
+
 @pytest.fixture(autouse=True)
 def same_random_numbers(request):
     """Seeds Python, NumPy and Keras where a test module uses Keras; leaves the light modules light."""

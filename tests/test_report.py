@@ -60,9 +60,7 @@ def make_inspection(integer: bool = True, problems: tuple[str, ...] = ()) -> dic
     }
 
 
-def make_operator(
-    name: str, kind: str = "CONV_2D", identical: float = 1.0, max_lsb: int = 0
-) -> dict[str, Any]:
+def make_operator(name: str, kind: str = "CONV_2D", identical: float = 1.0, max_lsb: int = 0) -> dict[str, Any]:
     bar = 0.9999 if kind in ("CONV_2D", "FULLY_CONNECTED") else 0.99
     return {
         "operator": name,
@@ -143,9 +141,7 @@ def make_results() -> dict[str, Any]:
         ]
 
     variants = {
-        "float": make_variant(
-            "float", 0.8719, integer=False, per_class=per_class(0), agreement_with_float=1.0
-        ),
+        "float": make_variant("float", 0.8719, integer=False, per_class=per_class(0), agreement_with_float=1.0),
         "ptq": make_variant("ptq", 0.8688, per_class=per_class(-0.006), agreement_with_float=0.9812),
         "qat": make_variant("qat", 0.873, per_class=per_class(0.004), agreement_with_float=0.9745),
     }
@@ -171,9 +167,7 @@ def make_results() -> dict[str, Any]:
         "variants": variants,
         "training": {
             "float": make_history(0.8752, []),
-            "qat": make_history(
-                0.8706, [0.868, 0.8702, 0.8738, 0.8731, 0.8752, 0.8766, 0.8771, 0.8768, 0.877, 0.8769]
-            ),
+            "qat": make_history(0.8706, [0.868, 0.8702, 0.8738, 0.8731, 0.8752, 0.8766, 0.8771, 0.8768, 0.877, 0.8769]),
         },
         "plan": [
             {
@@ -211,9 +205,7 @@ def make_failed_results() -> dict[str, Any]:
 # --- verdict
 
 
-def decide_shares(
-    float_share: float | None, ptq: float | None, qat: float | None, **options: Any
-) -> dict[str, Any]:
+def decide_shares(float_share: float | None, ptq: float | None, qat: float | None, **options: Any) -> dict[str, Any]:
     shares = {"float": float_share, "ptq": ptq, "qat": qat}
     variants = {
         name: make_variant(name, share, integer=name != "float", **options)
@@ -262,6 +254,11 @@ NO_PARITY = {"parity": make_parity([make_operator("conv1", identical=0.5, max_ls
             "qat.tflite cannot ship, it does not match its simulation: 1 operator misses its bound.",
         ),
         ({"ptq": NO_PARITY}, "qat", "ptq.tflite cannot ship, it does not match its simulation"),
+        (
+            {"qat": {"inspection": make_inspection(problems=("1 operators compute shapes.",))}},
+            "ptq",
+            "qat.tflite cannot ship, it did not pass inspection: 1 operators compute shapes.",
+        ),
         ({"qat": {"inspection": None}}, "ptq", "qat.tflite cannot ship, it was not inspected."),
         ({"qat": {"accuracy": None}}, "ptq", "qat.tflite cannot ship, it was not evaluated."),
         (
@@ -335,6 +332,17 @@ def test_headline_when_integer_is_slower() -> None:
     assert "1.17x slower than float" in decide(variants, 0.1)["headline"]
 
 
+def test_the_ratio_measured_in_turns_counts() -> None:
+    variants = make_results()["variants"]
+    variants["qat"]["latency"][0]["ratio_to_float"] = {"min": 0.4, "median": 0.5, "max": 0.6}
+    assert "2.00x faster than float" in decide(variants, 0.1)["headline"]
+    assert [row.cells for row in comparison_rows(variants) if row.label == "ratio to float"][1] == (
+        "1.00",
+        "0.35",
+        "0.50",
+    )
+
+
 def test_reasons_state_the_standard_error_and_the_losses() -> None:
     assert decide_shares(0.8719, 0.6, 0.8)["reasons"] == [
         "QAT reaches 80.00 % and PTQ 60.00 %: 20.00 points more, more than the margin of 0.10.",
@@ -359,6 +367,7 @@ def test_reasons_state_the_standard_error_and_the_losses() -> None:
         (formats.points(0.114), "+0.11"),
         (formats.points(-0.001), "0.00"),
         (formats.kilobytes(318_144), "318.1 kB"),
+        (formats.milliseconds(0.00611), "0.0061 ms"),
         (formats.milliseconds(0.2841), "0.284 ms"),
         (formats.milliseconds(28.41), "28.41 ms"),
         (formats.milliseconds(1284.1), "1,284.1 ms"),
@@ -432,9 +441,11 @@ def test_console_shows_the_worst_operators_of_a_failed_parity() -> None:
 
 def test_console_of_a_failed_run_names_the_step_and_reads_no_markup() -> None:
     results = make_failed_results()
+    results["variants"]["qat"]["parity"] = make_parity() | {"problems": [f"problem {index}" for index in range(9)]}
     results["steps"][6]["message"] = "[bold]layer[/bold] misses its bound"
     lines = console_text(results).splitlines()
     assert lines[0] == "Failed at step parity: [bold]layer[/bold] misses its bound"
+    assert lines[-2:] == ["qat.tflite: problem 4", "qat.tflite: 4 more problems, all of them in the report"]
     assert console_text({}) == ""
 
 
@@ -528,6 +539,25 @@ def test_page_of_a_failed_run_says_which_step_is_missing() -> None:
     assert page.tags.count("svg") == 1  # the training curve
 
 
+def test_page_of_a_run_that_went_on_after_failed_checks_shows_them_and_the_verdict() -> None:
+    results = make_results()
+    for index, message in (
+        (5, "ptq.tflite is not fully integer:"),
+        (6, "qat.tflite does not compute what was trained:"),
+    ):
+        results["steps"][index] |= {"status": "failed", "message": message}
+    page = check_page(render_html(results))
+    assert results["verdict"]["headline"] in page.text
+    assert "Step inspect failed. ptq.tflite is not" in page.text and "Step parity failed. qat.tflite does" in page.text
+    assert "Not available" not in page.text and "ended" not in page.text
+
+
+def test_weights_from_before_training_can_be_the_best() -> None:
+    results = make_results()
+    results["training"]["qat"]["best_epoch"] = 0
+    assert "kept: the weights before training." in check_page(render_html(results)).text
+
+
 def test_page_without_qat_and_bench() -> None:
     results = make_results()
     del results["variants"]["qat"], results["training"]["qat"]
@@ -597,9 +627,19 @@ def test_charts_use_the_colours_of_the_page() -> None:
         assert 'viewBox="0 0 400 ' in chart.svg
     assert "QAT, litert, 2 threads 0.200 ms" in charts["latency"].description
     assert charts["accuracy"].description == (
-        "Accuracy in the interpreter: float 87.19 % ± 0.66 points; PTQ 86.88 % ± 0.66 points; "
-        "QAT 87.30 % ± 0.65 points."
+        "Accuracy in the interpreter: float 87.19 % (86.52 % to 87.83 %); PTQ 86.88 % (86.20 % to 87.53 %); "
+        "QAT 87.30 % (86.63 % to 87.94 %)."
     )
+
+
+def test_no_chart_of_classes_when_none_changed() -> None:
+    results = make_results()
+    for variant in results["variants"].values():
+        variant["per_class"] = [{"class": "all", "accuracy": 1.0, "samples": 359}]
+        variant["accuracy"] |= {"interpreter": 1.0, "samples": 359}
+    charts = {chart.name: chart for chart in draw_charts(results)}
+    assert "classes" not in charts
+    assert "float 100.00 % (98.94 % to 100.00 %)" in charts["accuracy"].description
 
 
 def test_many_classes_show_the_largest_changes() -> None:

@@ -203,9 +203,7 @@ def run_child(command: Sequence[str], timeout_s: float) -> dict[str, Any]:
         raise RuntimeUnavailableError(result["error"])
     if done.returncode or not end:
         last_lines = " | ".join(done.stderr.strip().splitlines()[-3:])
-        raise RuntimeUnavailableError(
-            f"the benchmark {_ending(done.returncode)}: {last_lines or 'no message'}"
-        )
+        raise RuntimeUnavailableError(f"the benchmark {_ending(done.returncode)}: {last_lines or 'no message'}")
     return result
 
 

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def augment_images(
-    dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int
-) -> tf.data.Dataset:
+def augment_images(dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int) -> tf.data.Dataset:
     """Augment each image of a batched dataset independently, anew in every epoch.
 
     Args:

@@ -109,9 +109,7 @@ def _read_idx_files(folder: Path) -> dict[str, np.ndarray]:
 def _read_packed_cifar10(folder: Path) -> dict[str, np.ndarray]:
     labels = read_npz(folder / "labels.npz")
     if not {"y_train", "y_test"} <= labels.keys():
-        raise DataError(
-            f"{folder / 'labels.npz'} has {sorted(labels)}; expected y_train and y_test. Replace the file."
-        )
+        raise DataError(f"{folder / 'labels.npz'} has {sorted(labels)}; expected y_train and y_test. Replace the file.")
     label_counts = {split: labels[f"y_{split}"].size for split in ("train", "test")}
     shapes = {f"x_{split}": (count, *CIFAR10_SHAPE) for split, count in label_counts.items()}
     decode = partial(_unpack, folder, label_counts)

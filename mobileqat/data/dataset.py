@@ -205,9 +205,7 @@ def _to_array(source: str, arrays: Mapping, key: str) -> np.ndarray:
     try:
         return np.asarray(arrays[key])
     except (TypeError, ValueError) as error:
-        raise DataError(
-            f"dataset {source!r}: {key} is not an array: {error}. Give all samples one shape."
-        ) from error
+        raise DataError(f"dataset {source!r}: {key} is not an array: {error}. Give all samples one shape.") from error
 
 
 def _parse_class_names(source: str, class_names, y_train: np.ndarray) -> tuple[str, ...]:

@@ -24,9 +24,7 @@ def load_function(source: str, arguments: Mapping) -> dict:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(
-                f"dataset {source!r} raised {type(error).__name__}: {error}. Correct it."
-            ) from error
+            raise DataError(f"dataset {source!r} raised {type(error).__name__}: {error}. Correct it.") from error
     return to_arrays(source, returned)
 
 

@@ -70,9 +70,7 @@ def resnet8(input_shape: Shape, classes: int, filters: int = 16, l2: float = 1e-
     for stack in range(3):
         count, strides, name = filters * 2**stack, 1 if stack == 0 else 2, f"stack{stack + 1}"
         y = _conv_bn_relu(x, conv(count, 3, strides, f"{name}_conv1"), f"{name}_conv1")
-        y = layers.BatchNormalization(momentum=0.9, name=f"{name}_conv2_bn")(
-            conv(count, 3, 1, f"{name}_conv2")(y)
-        )
+        y = layers.BatchNormalization(momentum=0.9, name=f"{name}_conv2_bn")(conv(count, 3, 1, f"{name}_conv2")(y))
         if stack:
             x = conv(count, 1, strides, f"{name}_shortcut")(x)
         x = layers.ReLU(name=f"{name}_relu")(layers.Add(name=f"{name}_add")([x, y]))
@@ -115,9 +113,7 @@ def mobilenet_v1(
 MODELS: dict[str, Callable[..., Any]] = {"dscnn": dscnn, "mobilenet_v1": mobilenet_v1, "resnet8": resnet8}
 
 
-def build_model(
-    name: str, input_shape: Shape, classes: int, args: dict[str, Any] | None = None
-) -> keras.Model:
+def build_model(name: str, input_shape: Shape, classes: int, args: dict[str, Any] | None = None) -> keras.Model:
     """Builds a model.
 
     Args:
@@ -144,9 +140,7 @@ def build_model(
         ) from None
     model = function(**arguments)
     if not isinstance(model, keras.Model):
-        raise ModelError(
-            f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}"
-        )
+        raise ModelError(f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}")
     return model
 
 
@@ -155,9 +149,7 @@ def _reference(name: str) -> Callable[..., Any]:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=1)
     hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ModelError(
-        f"Unknown model '{name}'. Expected one of {', '.join(MODELS)}, or module:function.{hint}"
-    )
+    raise ModelError(f"Unknown model '{name}'. Expected one of {', '.join(MODELS)}, or module:function.{hint}")
 
 
 def _import_function(name: str) -> Callable[..., Any]:
@@ -196,18 +188,14 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
     try:
         if _holds_weights_only(path):
             if build is None:
-                raise ModelError(
-                    f"'{path}' holds weights without a model. Load them into the model they belong to."
-                )
+                raise ModelError(f"'{path}' holds weights without a model. Load them into the model they belong to.")
             model = build()
             model.load_weights(path)
         else:
             model = keras.models.load_model(path, compile=False, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(
-            f"'{path}' cannot be loaded as a Keras 3 model or weights: {lines[0][:300]}"
-        ) from error
+        raise ModelError(f"'{path}' cannot be loaded as a Keras 3 model or weights: {lines[0][:300]}") from error
     check_finite_weights(model)
     return model
 

@@ -6,13 +6,13 @@
     comparison.py  the rows of the table that puts float, PTQ and QAT side by side
     console.py     the terminal
     charts.py      inline SVG
-    html.py        the page, from report.html.j2
+    page.py        the page, from report.html.j2
 
 Nothing here imports Keras, TensorFlow or NumPy; matplotlib is imported when a chart is drawn.
 """
 
 from mobileqat.report.console import console_summary
-from mobileqat.report.html import render_html, write_html
+from mobileqat.report.page import render_html, write_html
 from mobileqat.report.verdict import decide
 
 __all__ = ["console_summary", "decide", "render_html", "write_html"]

@@ -25,7 +25,7 @@ from mobileqat.report.results import (
     latency_records,
     number,
     present_variants,
-    standard_error_points,
+    wilson_interval,
 )
 
 if TYPE_CHECKING:
@@ -106,10 +106,12 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
     words = []
     for row, (name, share) in enumerate(shares.items()):
         colour, marker, text = _COLOURS[name], _MARKERS[name], formats.percent(share)
-        interval = 1.96 * (standard_error_points(share, number(variants[name], "accuracy", "samples")) or 0)
-        axes.errorbar(100 * share, row, xerr=interval, fmt=marker, ms=7, color=colour, elinewidth=1.2)
+        samples = number(variants[name], "accuracy", "samples")
+        low, high = wilson_interval(share, samples) if samples else (share, share)
+        axes.plot([100 * low, 100 * high], [row, row], lw=1.2, color=colour)
+        axes.plot(100 * share, row, marker, ms=7, color=colour)
         axes.annotate(text, (100 * share, row), (0, 9), textcoords="offset points", ha="center")
-        words.append(f"{VARIANTS[name]} {text} ± {interval:.2f} points")
+        words.append(f"{VARIANTS[name]} {text} ({formats.percent(low)} to {formats.percent(high)})")
         simulation = number(variants[name], "accuracy", "simulation")
         if simulation is not None:
             axes.plot(100 * simulation, row, marker, ms=11, mfc="none", mec=colour, mew=1)
@@ -121,7 +123,7 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
         figure,
         "accuracy",
         "What does quantization cost?",
-        "Accuracy of each file in the interpreter, with its binomial 95 % interval. Outline: Keras "
+        "Accuracy of each file in the interpreter, with its 95 % confidence interval. Outline: Keras "
         "simulation. The axis does not start at zero.",
         f"Accuracy in the interpreter: {'; '.join(words)}.",
     )
@@ -129,7 +131,7 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
 
 def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
     differences = class_differences(results.get("variants"))
-    if not differences:
+    if not any(difference for _, row in differences for difference in row.values()):
         return None
     largest = sorted(differences, key=lambda row: -max(abs(d) for d in row[1].values()))[:_MOST_CLASSES]
     figure, axes = _canvas(height=95 + 20 * len(largest))
@@ -145,8 +147,7 @@ def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
     figure.legend(loc="outside lower center", ncols=len(names))
     omitted = f"; {len(largest)} of {len(differences)} classes" if len(differences) > len(largest) else ""
     words = (
-        f"{label} " + ", ".join(f"{VARIANTS[n]} {formats.points(d)}" for n, d in row.items())
-        for label, row in largest
+        f"{label} " + ", ".join(f"{VARIANTS[n]} {formats.points(d)}" for n, d in row.items()) for label, row in largest
     )
     return _chart(
         figure,
@@ -181,7 +182,7 @@ def _draw_qat_training(results: Mapping[str, Any]) -> Chart | None:
         "qat",
         {name: level for name, level in levels.items() if level is not None},
         "What did QAT gain?",
-        "Validation accuracy of the quantized simulation after each epoch; epoch 0 is PTQ.",
+        "Validation accuracy of the quantized simulation after each epoch.",
     )
 
 
@@ -203,6 +204,7 @@ def _draw_training(
     before = _initial(history)
     if before is not None:
         curve = {0: before, **curve}
+        caption += " Epoch 0: before training."
     training = {row["epoch"]: value for row in epochs if (value := number(row, "accuracy")) is not None}
     figure, axes = _canvas(height=260)
     colour = _COLOURS[name]
@@ -235,9 +237,9 @@ def _initial(history: Mapping[str, Any] | None) -> float | None:
 def _final_validation(history: Mapping[str, Any] | None) -> float | None:
     """Of the kept epoch, else the last; of the model as it came when it was not trained."""
     epochs = (history or {}).get("epochs") or []
-    if not epochs:
-        return _initial(history)
     best = number(history, "best_epoch")
+    if not epochs or best == 0:
+        return _initial(history)
     kept = next((row for row in epochs if row.get("epoch") == best), epochs[-1])
     return number(kept, "val_accuracy")
 

@@ -10,6 +10,7 @@ from mobileqat.report.results import (
     accuracy,
     difference_points,
     latency_ms,
+    latency_ratio,
     latency_records,
     lookup,
     number,
@@ -80,7 +81,7 @@ def _quantities(columns: Mapping[str, Variant]) -> Iterator[Quantity]:
 
 def _latency_quantities(key: LatencyKey, reference: Variant) -> Iterator[Quantity]:
     def slower(variant: Variant) -> float | None:
-        return ratio(latency_ms(variant, key), latency_ms(reference, key))
+        return latency_ratio(variant, reference, key)
 
     def memory(variant: Variant) -> float | None:
         return number(latency_records(variant).get(key), "peak_memory_bytes")

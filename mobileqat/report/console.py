@@ -10,9 +10,9 @@ from rich.text import Text
 
 from mobileqat.report import formats
 from mobileqat.report.comparison import comparison_rows
-from mobileqat.report.results import VARIANTS, failed_step, file_name, lookup, present_variants
+from mobileqat.report.results import VARIANTS, failed_steps, file_name, lookup, present_variants
 
-_WORST_OPERATORS = 5
+_MOST_PROBLEMS = 5  # of one file; the page has the rest
 _STYLES = {"failed": "bold red", "passed": "green"}
 
 
@@ -22,8 +22,7 @@ def console_summary(results: Mapping[str, Any]) -> RenderableType:
 
 
 def _parts(results: Mapping[str, Any]) -> Iterator[RenderableType]:
-    step = failed_step(results)
-    if step:
+    for step in failed_steps(results):
         yield Text(f"Failed at step {step['name']}: {step.get('message') or 'no message'}", "bold red")
     headline = lookup(results, "verdict", "headline")
     if headline:
@@ -49,21 +48,19 @@ def _comparison(variants: Mapping[str, Any]) -> Table:
 def _failures(name: str, variant: Mapping[str, Any]) -> Iterator[RenderableType]:
     file = file_name(name, variant)
     inspection, parity = variant.get("inspection") or {}, variant.get("parity") or {}
-    is_float_island = name != "float" and inspection.get("fully_integer") is False
-    parity_failed = parity.get("passed") is False
-    problems = [
-        *((inspection.get("problems") or ["not fully integer"]) if is_float_island else []),
-        *((parity.get("problems") or []) if parity_failed else []),
-    ]
-    for problem in problems:
+    found = inspection.get("problems") if name != "float" else None
+    problems = [*(found or []), *(parity.get("problems") or [])]
+    for problem in problems[:_MOST_PROBLEMS]:
         yield Text(f"{file}: {problem}", "red")
+    if len(problems) > _MOST_PROBLEMS:
+        yield Text(f"{file}: {len(problems) - _MOST_PROBLEMS} more problems, all of them in the report", "red")
     failed = [row for row in parity.get("operators") or [] if not row.get("passed")]
     if failed:
         yield _worst_operators(file, sorted(failed, key=lambda row: row["identical"]))
 
 
 def _worst_operators(file: str, failed: list[dict[str, Any]]) -> Table:
-    shown = failed[:_WORST_OPERATORS]
+    shown = failed[:_MOST_PROBLEMS]
     more = f", worst {len(shown)} of {len(failed)}" if len(failed) > len(shown) else ""
     title = Text(f"{file}: operators that miss their parity bound{more}")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -33,10 +33,10 @@ def megabytes(size_bytes: float | None) -> str:
 
 
 def milliseconds(latency_ms: float | None) -> str:
-    """At least three digits: 0.2841 -> "0.284 ms", 28.41 -> "28.41 ms"."""
+    """Three to four digits: 0.00611 -> "0.0061 ms", 0.2841 -> "0.284 ms", 28.41 -> "28.41 ms"."""
     if latency_ms is None:
         return MISSING
-    digits = 3 if latency_ms < 10 else 2 if latency_ms < 100 else 1
+    digits = 4 if latency_ms < 0.1 else 3 if latency_ms < 10 else 2 if latency_ms < 100 else 1
     return f"{latency_ms:,.{digits}f} ms"
 
 

@@ -61,6 +61,13 @@ def standard_error_points(share: float | None, samples: float | None) -> float |
     return 100 * math.sqrt(share * (1 - share) / samples)
 
 
+def wilson_interval(share: float, samples: float, z: float = 1.96) -> tuple[float, float]:
+    """95 % confidence interval of a share of `samples` (Wilson 1927); it stays within 0 and 1."""
+    spread = z * math.sqrt(share * (1 - share) / samples + (z / (2 * samples)) ** 2)
+    centre, scale = share + z**2 / (2 * samples), 1 + z**2 / samples
+    return (centre - spread) / scale, (centre + spread) / scale
+
+
 def latency_records(variant: Mapping[str, Any] | None) -> dict[LatencyKey, dict[str, Any]]:
     """The measured latencies by runtime and number of threads, in the order of measurement."""
     records = lookup(variant, "latency") or []
@@ -71,6 +78,20 @@ def latency_ms(variant: Mapping[str, Any] | None, key: LatencyKey, statistic: st
     return number(latency_records(variant).get(key), "latency_ms", statistic)
 
 
-def failed_step(results: Mapping[str, Any]) -> dict[str, Any] | None:
+def latency_ratio(
+    variant: Mapping[str, Any] | None, reference: Mapping[str, Any] | None, key: LatencyKey
+) -> float | None:
+    """Latency over that of `reference`, the float file; as measured in turns when it was."""
+    measured = number(latency_records(variant).get(key), "ratio_to_float", "median")
+    return measured or ratio(latency_ms(variant, key), latency_ms(reference, key))
+
+
+def failed_steps(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Steps that failed: the one that ended the run, or checks after which it went on."""
+    return [step for step in results.get("steps") or [] if step.get("status") == "failed"]
+
+
+def last_failed_step(results: Mapping[str, Any]) -> dict[str, Any] | None:
     """The step that ended the run, or None."""
-    return next((step for step in results.get("steps") or [] if step.get("status") == "failed"), None)
+    failed = failed_steps(results)
+    return failed[-1] if failed and failed[-1] is results["steps"][-1] else None

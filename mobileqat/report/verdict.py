@@ -15,9 +15,8 @@ from mobileqat.report.results import (
     accuracy,
     difference_points,
     file_name,
-    latency_ms,
+    latency_ratio,
     latency_records,
-    lookup,
     number,
     present_variants,
     ratio,
@@ -50,13 +49,7 @@ def decide(variants: Mapping[str, Any], margin_points: float) -> dict[str, Any]:
     ship = ("qat" if worth_it else "ptq") if len(able) == 2 else able[0] if able else "float"
     if accuracy(variants.get(ship)) is None:
         headline = "No verdict: no file was evaluated."
-        return {
-            "ship": None,
-            "file": None,
-            "headline": headline,
-            "qat_worth_it": None,
-            "reasons": why_blocked,
-        }
+        return {"ship": None, "file": None, "headline": headline, "qat_worth_it": None, "reasons": why_blocked}
     reasons = [*_gain_reasons(variants, gain, margin_points), *_absences(variants), *why_blocked]
     other = _instead(ship, gain, margin_points) or _blocked(variants, blocked)
     return {
@@ -75,6 +68,8 @@ def _obstacles(name: str, variant: Mapping[str, Any]) -> Iterator[str]:
         yield f"{file} cannot ship, it was not inspected."
     elif not inspection.get("fully_integer"):
         yield f"{file} cannot ship, it is not fully integer{_first_problem(inspection)}."
+    elif inspection.get("problems"):
+        yield f"{file} cannot ship, it did not pass inspection{_first_problem(inspection)}."
     if parity and not parity.get("passed"):
         yield f"{file} cannot ship, it does not match its simulation{_first_problem(parity)}."
     if accuracy(variant) is None:
@@ -125,17 +120,12 @@ def _absences(variants: Mapping[str, Any]) -> Iterator[str]:
 
 def _reservations(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
     """What to know about the file that ships."""
-    file = file_name(ship, variants[ship])
     losses = {name: _loss(name, variants) for name in ("ptq", "qat")}
     large = [f"{VARIANTS[n]} {loss:.2f}" for n, loss in losses.items() if loss and loss > NOTABLE_LOSS_POINTS]
     if large:
         yield f"Loses more than {NOTABLE_LOSS_POINTS:.2f} point against float: {', '.join(large)} points."
-    if ship == "float":
-        return
-    if not variants[ship].get("parity"):
-        yield f"{file} was not compared with its simulation."
-    for problem in lookup(variants[ship], "inspection", "problems") or []:
-        yield f"{file}: {problem}"
+    if ship != "float" and not variants[ship].get("parity"):
+        yield f"{file_name(ship, variants[ship])} was not compared with its simulation."
 
 
 def _loss(name: str, variants: Mapping[str, Any]) -> float | None:
@@ -167,9 +157,9 @@ def _ratios_to_float(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
     if size is not None:
         yield f"{100 * size:.0f} % of the size"
     for key in latency_records(shipped):
-        speed = ratio(latency_ms(reference, key), latency_ms(shipped, key))
-        if speed is not None:
-            yield f"{_speed(speed)} ({threads(*key)})"
+        slowdown = latency_ratio(shipped, reference, key)
+        if slowdown:
+            yield f"{_speed(1 / slowdown)} ({threads(*key)})"
             return
 
 
@@ -185,7 +175,7 @@ def _instead(ship: str, gain: float | None, margin_points: float) -> str:
         return ""
     if ship == "qat":
         return f"QAT gains {gain:.2f} points over PTQ"
-    within = f", within the margin of {margin_points:.2f}" if gain > 0 else ""
+    within = f", within the margin of {margin_points:.2f}" if round(gain, 2) > 0 else ""
     return f"QAT was not needed ({_more_or_less(gain)}{within})"
 
 

@@ -15,7 +15,15 @@ import yaml
 from mobileqat.report import formats
 from mobileqat.report.charts import class_differences, draw_charts
 from mobileqat.report.comparison import comparison_rows, inspection_rows
-from mobileqat.report.results import VARIANTS, failed_step, file_name, lookup, number, present_variants
+from mobileqat.report.results import (
+    VARIANTS,
+    failed_steps,
+    file_name,
+    last_failed_step,
+    lookup,
+    number,
+    present_variants,
+)
 
 _FORMATS = (
     formats.count,
@@ -55,10 +63,9 @@ def render_html(results: Mapping[str, Any]) -> str:
         operator_counts=_side_by_side(lookup(v, "inspection", "operator_counts") for v in variants.values()),
         dtype_counts=_side_by_side(lookup(v, "inspection", "dtype_counts") for v in variants.values()),
         environment=list(_flat(results.get("environment") or {})),
-        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True)
-        if results.get("recipe")
-        else "",
-        failed=failed_step(results),
+        recipe=yaml.safe_dump(results["recipe"], sort_keys=False, allow_unicode=True) if results.get("recipe") else "",
+        failed_steps=failed_steps(results),
+        ended_by=last_failed_step(results),
         file_name=file_name,
         absence=functools.partial(_absence, results),
     )
@@ -73,14 +80,18 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update({function.__name__: _or_missing(function) for function in _FORMATS})
+    environment.filters.update({function.__name__: _in_page(function) for function in _FORMATS})
     environment.filters["shape"] = _shape
     return environment.get_template("report.html.j2")
 
 
-def _or_missing(function: Any) -> Any:
-    """A format that takes what the template does not find for a missing number."""
-    return lambda value: function(None if isinstance(value, jinja2.Undefined) else value)
+def _in_page(function: Any) -> Any:
+    """A format that takes what the template does not find for a missing number, and keeps units with numbers."""
+
+    def formatted(value: Any) -> str:
+        return function(None if isinstance(value, jinja2.Undefined) else value).replace(" ", "\N{NO-BREAK SPACE}")
+
+    return formatted
 
 
 def _shape(shape: Any) -> str:
@@ -109,10 +120,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
 def _absence(results: Mapping[str, Any], step_name: str) -> str:
     """Why what a step makes is not there."""
     steps = {step.get("name"): step for step in results.get("steps") or []}
-    step, failed = steps.get(step_name), failed_step(results)
+    step, ended_by = steps.get(step_name), last_failed_step(results)
     if step and step.get("status") in ("failed", "skipped"):
         message = (step.get("message") or "").rstrip(".")
         return f"Not available: step {step_name} {step['status']}{': ' if message else ''}{message}."
-    if not step and failed:
-        return f"Not available: the run ended at step {failed['name']}."
+    if not step and ended_by:
+        return f"Not available: the run ended at step {ended_by['name']}."
     return "Not part of this run."
