@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import keras
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from mobileqat.errors import MobileQatError
+
+# How each status of a step reads, and its colour.
 _MARKS = {
-    "done": "[green]done[/]",
-    "failed": "[red]failed[/]",
-    "resumed": "[cyan]kept[/]",
-    "skipped": "[dim]skipped[/]",
+    "done": ("done", "green"),
+    "failed": ("failed", "red"),
+    "resumed": ("kept", "cyan"),
+    "skipped": ("skipped", "dim"),
 }
 
 
@@ -25,49 +29,67 @@ class RunDisplay:
     def __init__(self, quiet: bool = False):
         self.console = Console(highlight=False, quiet=quiet)
         self._log: Path | None = None
+        self._progress: Progress | None = None
+        self._has_started = False
 
     @contextmanager
     def log_to(self, directory: Path) -> Iterator[None]:
-        """Appends what is shown to run.log of the run directory, which the run itself makes."""
+        """Appends what is shown, and the error that ends a run, to run.log of the directory that the run makes."""
         self._log = directory / "run.log"
         self.console.print(f"Run directory: {directory}", soft_wrap=True)
-        yield
+        try:
+            yield
+        except MobileQatError as error:
+            self.log(f"{type(error).__name__}: {error}")
+            raise
+        except BaseException:
+            self.log(traceback.format_exc())
+            raise
+        finally:
+            self._stop_progress()
 
     def log(self, text: str) -> None:
-        if self._log is not None and self._log.parent.is_dir():
-            with open(self._log, "a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        # Before its first step a run may not own the directory.
+        if self._log is None or not self._has_started:
+            return
+        # A full disk is reported by the artefact that it costs, not by the log.
+        with suppress(OSError), open(self._log, "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def step(self, name: str) -> None:
+        self._has_started = True
         self.log(f"{name} started")
 
     def done(self, name: str, status: str, seconds: float, message: str) -> None:
+        self._stop_progress()
         self.log(f"{name} {status} {seconds:.1f} s {message}".rstrip())
-        self.console.print(f"  {name:<9} {_MARKS[status]:<8} {seconds:7.1f} s")
+        word, colour = _MARKS[status]
+        self.console.print(f"  {name:<9} [{colour}]{word:<8}[/]{seconds:7.1f} s")
         if message:
-            self.console.print(f"    {message}", markup=False)
+            self.console.print(f"    {message}", markup=False, soft_wrap=True)
 
     def training(self, name: str, epochs: int) -> keras.callbacks.Callback:
-        return _TrainingProgress(self, name, epochs)
+        # A bar needs a terminal to be drawn over; elsewhere the line per epoch says enough.
+        columns = (TextColumn("    {task.description}"), BarColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        return _TrainingProgress(self, self._progress, name, epochs)
+
+    def _stop_progress(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
 
 class _TrainingProgress(keras.callbacks.Callback):
-    def __init__(self, display: RunDisplay, name: str, epochs: int):
+    def __init__(self, display: RunDisplay, progress: Progress, name: str, epochs: int):
         super().__init__()
         self.display = display
+        self.progress = progress
         self.name = name
         self.epochs = epochs
-        self.progress = Progress(
-            TextColumn("    {task.description}"),
-            BarColumn(),
-            TimeRemainingColumn(),
-            console=display.console,
-            transient=True,
-        )
-        self.task = self.progress.add_task(name)
 
     def on_train_begin(self, logs=None):
-        self.progress.update(self.task, total=self.epochs * self.params["steps"])
+        self.task = self.progress.add_task(self.name, total=self.epochs * self.params["steps"])
         self.progress.start()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -80,6 +102,3 @@ class _TrainingProgress(keras.callbacks.Callback):
         )
         self.display.log(line)
         self.display.console.print(f"    {line}")
-
-    def on_train_end(self, logs=None):
-        self.progress.stop()

@@ -57,6 +57,12 @@ class Run:
         self.failures: list[CheckFailed] = []
         self._models: dict[str, keras.Model] = {}
 
+    def end_step(self, name: str, status: str, seconds: float, message: str = "", result: Any = None) -> None:
+        """Notes how a step ended: "done", "resumed", "skipped" or "failed"."""
+        self.steps.append({"name": name, "status": status, "seconds": seconds, "message": message, "result": result})
+        if self.display:
+            self.display.done(name, status, seconds, message)
+
     @cached_property
     def dataset(self) -> Dataset:
         data = self.recipe.data
@@ -132,22 +138,18 @@ def _float(run: Run) -> dict:
     _check_fits(model, data)
     # Layers that cannot be quantized are reported now, before any time goes into training.
     quantize_model(model, recipe.quantize.scheme)
-    training = None
-    if recipe.float.epochs:
-        training = vars(
-            fit(
-                model,
-                data,
-                recipe.float,
-                augment=recipe.data.augment,
-                seed=recipe.seed,
-                callbacks=run.training_callbacks("float", recipe.float.epochs),
-                log_dir=run.directory.path / "tensorboard" / "float",
-            )
-        )
+    history = fit(
+        model,
+        data,
+        recipe.float,
+        augment=recipe.data.augment,
+        seed=recipe.seed,
+        callbacks=run.training_callbacks("float", recipe.float.epochs),
+        log_dir=run.directory.path / "tensorboard" / "float",
+    )
     models.check_finite_weights(model)
     run.keep_model("float", model)
-    return {"model": {"name": recipe.model.name, "parameters": model.count_params()}, "training": training}
+    return {"model": {"name": recipe.model.name, "parameters": model.count_params()}, "training": vars(history)}
 
 
 def _check_fits(model: keras.Model, data: Dataset) -> None:
@@ -326,10 +328,9 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
         for name, step in STEPS.items():
             _run_step(run, name, step)
-        results = collect(run)
-        run.directory.write_json("report.json", results)
-        report.write_html(results, run.directory.path / "report.html")
     finally:
+        # Also after an error: the report shows how far the run came, and why it ended.
+        results = write_report(run)
         run.directory.close()
     if run.failures:
         raise run.failures[0]
@@ -340,34 +341,36 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     finished = run.directory.result(name)
     if run.display:
         run.display.step(name)
-    started = time.perf_counter()
-    status = "resumed"
-    if finished is None:
-        failures = len(run.failures)
-        try:
-            result = step(run)
-        except (MobileQatError, KeyboardInterrupt, OSError, MemoryError) as error:
-            if run.display:
-                run.display.done(name, "failed", time.perf_counter() - started, "")
-            error.add_note(f"Step '{name}' of {run.directory.path} did not finish.") if hasattr(
-                error, "add_note"
-            ) else None
-            raise
-        status = "skipped" if result is None else "failed" if len(run.failures) > failures else "done"
-        finished = {"status": status, "seconds": time.perf_counter() - started, "result": result}
-        if status != "failed":
-            run.directory.finish(name, finished)
-    row = {"name": name, "status": status, "seconds": finished["seconds"], "message": ""}
-    if status == "failed":
-        row["message"] = str(run.failures[-1]).splitlines()[0]
-    run.steps.append(row | {"result": finished["result"]})
-    if run.display:
-        run.display.done(name, status, row["seconds"], row["message"])
+    if finished is not None:
+        run.end_step(name, "resumed", finished["seconds"], result=finished["result"])
+        return
+    started, failures_before = time.perf_counter(), len(run.failures)
+    try:
+        result = step(run)
+    except (Exception, KeyboardInterrupt) as error:
+        message = str(error) or type(error).__name__
+        run.end_step(name, "failed", time.perf_counter() - started, message=message)
+        raise
+    seconds = time.perf_counter() - started
+    if failures := run.failures[failures_before:]:
+        run.end_step(name, "failed", seconds, "\n".join(map(str, failures)), result)
+        return
+    run.directory.finish(name, {"seconds": seconds, "result": result})
+    run.end_step(name, "skipped" if result is None else "done", seconds, result=result)
+
+
+def write_report(run: Run) -> dict:
+    """Writes report.json and report.html of a run, finished or not; returns the former's content."""
+    results = collect(run)
+    run.directory.write_json("report.json", results)
+    report.write_html(results, run.directory.path / "report.html")
+    return results
 
 
 def collect(run: Run) -> dict:
-    """Everything that the report shows, as one JSON-able dict."""
-    results = {step["name"]: step["result"] or {} for step in run.steps}
+    """Everything that the report shows, as one JSON-able dict; what was not reached is empty."""
+    results: dict[str, dict] = {name: {} for name in STEPS}
+    results.update({step["name"]: step["result"] or {} for step in run.steps})
     variants = {
         variant: {
             **results["convert"].get(variant, {}),

@@ -38,8 +38,11 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, recipe: str, resume: bool = False):
         self.path = Path(path)
+        self._files: list[str] = []
         if resume and not (self.path / "recipe.yaml").is_file():
-            raise RunDirectoryError(f"'{self.path}' holds no run to resume (no recipe.yaml). Start it without --resume.")
+            raise RunDirectoryError(
+                f"'{self.path}' holds no run to resume (no recipe.yaml). Start it without --resume."
+            )
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._take_lock()
@@ -93,13 +96,16 @@ class RunDirectory:
     # ------------------------------------------------------------------ journal
 
     def result(self, step: str) -> Any:
-        """The result of a finished step, None when it has not finished."""
+        """The result of a finished step, None when it has not finished or a file that it wrote is gone."""
         path = self.path / "steps" / f"{step}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        record = json.loads(path.read_text()) if path.exists() else {"result": None, "files": []}
+        return record["result"] if all((self.path / name).is_file() for name in record["files"]) else None
 
     def finish(self, step: str, result: Any) -> None:
-        """Records a step as finished; after this, `--resume` skips it."""
-        self.write_json(f"steps/{step}.json", result)
+        """Records a step as finished, with the files written since the one before; `--resume` skips it from now on."""
+        files, self._files = self._files, []
+        self.write_json(f"steps/{step}.json", {"result": result, "files": files})
+        self._files = []
 
     # ------------------------------------------------------------------ artefacts
 
@@ -114,7 +120,9 @@ class RunDirectory:
 
     def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
         """Lets `writer` fill a temporary file, and gives it its final name once it is on disk."""
-        return write_whole(self.path / name, writer)
+        path = write_whole(self.path / name, writer)
+        self._files.append(name)
+        return path
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import keras
@@ -33,9 +33,9 @@ class History:
         best_epoch: the epoch whose weights were kept; 0 for the ones before training, None for the last.
     """
 
-    epochs: list[dict] = field(default_factory=list)
-    initial_val_accuracy: float | None = None
-    best_epoch: int | None = None
+    epochs: list[dict]
+    initial_val_accuracy: float
+    best_epoch: int | None
 
 
 def fit(
@@ -76,23 +76,23 @@ def fit(
         ),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
     )
-    recorder = _Recorder(model, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
-    history = recorder.history
+    initial = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
+    recorder = _Recorder(model, initial, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
     all_callbacks = [recorder, *callbacks]
     if isinstance(settings, QatTraining):
-        recorder.start(trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"])
         all_callbacks.insert(0, Schedule(model, settings))
     if log_dir is not None:
         all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
-    trained.fit(
-        train,
-        epochs=settings.epochs,
-        validation_data=validation,
-        shuffle=False,
-        verbose=0,
-        callbacks=all_callbacks,
-    )
-    return History(history.epochs, history.initial_val_accuracy, recorder.keep())
+    if settings.epochs:
+        trained.fit(
+            train,
+            epochs=settings.epochs,
+            validation_data=validation,
+            shuffle=False,
+            verbose=0,
+            callbacks=all_callbacks,
+        )
+    return History(recorder.epochs, initial, recorder.keep())
 
 
 def gives_probabilities(model: keras.Model) -> bool:
@@ -187,19 +187,13 @@ def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
 class _Recorder(keras.callbacks.Callback):
     """Records epochs, keeps the best weights, and stops at a loss that is not finite."""
 
-    def __init__(self, watched: keras.Model, keep_best: bool):
+    def __init__(self, watched: keras.Model, initial_accuracy: float, keep_best: bool):
         super().__init__()
         self.watched = watched
-        self.keep_best = keep_best
-        self.history = History()
-        self._best: tuple[float, int, list] | None = None
+        self.epochs: list[dict] = []
+        # The weights before training stay unless an epoch does as well.
+        self._best = (initial_accuracy, 0, watched.get_weights()) if keep_best else None
         self._started = 0.0
-
-    def start(self, accuracy: float) -> None:
-        """Notes the weights before training, which stay unless an epoch does better."""
-        self.history = History(self.history.epochs, accuracy)
-        if self.keep_best:
-            self._best = (accuracy, 0, self.watched.get_weights())
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.perf_counter()
@@ -211,16 +205,16 @@ class _Recorder(keras.callbacks.Callback):
                 self.watched.set_weights(self._best[2])
             raise TrainingError(
                 f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1} of epoch "
-                f"{len(self.history.epochs) + 1}, learning rate {rate:.3g}. Lower the learning rate, or look for NaN "
+                f"{len(self.epochs) + 1}, learning rate {rate:.3g}. Lower the learning rate, or look for NaN "
                 "in the data."
             )
 
     def on_epoch_end(self, epoch, logs=None):
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-        self.history.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
+        self.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
         # A later epoch wins a tie: it has trained longer on the frozen grid.
-        if self.keep_best and (self._best is None or row["val_accuracy"] >= self._best[0]):
+        if self._best and row["val_accuracy"] >= self._best[0]:
             self._best = (row["val_accuracy"], epoch + 1, self.watched.get_weights())
 
     def keep(self) -> int | None:
