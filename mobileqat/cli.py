@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
@@ -17,17 +20,15 @@ from typing import Any
 
 import click
 
-from mobileqat.errors import MobileQatError
+from mobileqat.errors import InspectionError, MobileQatError, ParityError
 
 EXISTING = click.Path(path_type=Path)
 RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
 
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
-runtime_option = click.option(
-    "--runtime", type=click.Choice(RUNTIMES), default="litert", show_default=True, help="Interpreter."
-)
-threads_option = click.option("--threads", default=1, show_default=True, type=click.IntRange(1, 64))
+runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
+threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
 
 
 def data_options(required: bool) -> Callable:
@@ -62,26 +63,39 @@ def command(function: Callable) -> Callable:
     @debug_option
     @wraps(function)
     def run(debug: bool, **arguments: Any) -> None:
-        _quiet_tensorflow(debug)
         try:
-            function(**arguments)
-        except (MobileQatError, OSError, MemoryError, KeyboardInterrupt) as error:
+            with warnings.catch_warnings():
+                if not debug:
+                    _quiet_libraries()
+                with _only_json(arguments.get("as_json", False)):
+                    function(**arguments)
+        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own business
+        except (Exception, KeyboardInterrupt) as error:
             if debug:
-                raise
+                traceback.print_exc()
             _fail(error)
 
     return main.command(context_settings={"show_default": True})(run)
 
 
-def _quiet_tensorflow(debug: bool) -> None:
-    """Keeps the notices of native libraries off the terminal; no environment variable reaches all of them."""
-    if debug:
-        return
+@contextmanager
+def _only_json(as_json: bool) -> Iterator[None]:
+    """With --json, sends what others print, such as the progress of a download, to stderr."""
+    click.get_current_context().meta["stdout"] = sys.stdout
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        yield
+
+
+def _quiet_libraries() -> None:
+    """Keeps the notices of other libraries off the terminal; no environment variable reaches all native ones."""
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module="mobileqat")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     logging.getLogger("tensorflow").setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.ERROR)
     # A stderr that somebody has replaced (tests, notebooks) stays as it is.
-    if sys.stderr is not None and sys.stderr is sys.__stderr__ and sys.stderr.fileno() == 2:
+    if sys.__stderr__ is not None and sys.stderr is sys.__stderr__ and sys.__stderr__.fileno() == 2:
         sys.stderr = os.fdopen(os.dup(2), "w", buffering=1)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
@@ -89,12 +103,16 @@ def _quiet_tensorflow(debug: bool) -> None:
 
 def _fail(error: BaseException) -> None:
     """Prints an error on one screen and exits with its code."""
+    text = str(error).strip() or "no message"
     if isinstance(error, KeyboardInterrupt):
-        message, code = "Interrupted. What was finished is kept; continue a run with --resume.", 1
+        message, code = "Interrupted.", 1
     elif isinstance(error, MobileQatError):
-        message, code = str(error), error.exit_code
+        message, code = text, error.exit_code
+    elif isinstance(error, (OSError, MemoryError)):
+        message, code = f"{type(error).__name__}: {text}", 2
     else:
-        message, code = f"{type(error).__name__}: {error}", 2
+        shown = "\n".join(text.splitlines()[:10])[:1000]
+        message, code = f"Unexpected {type(error).__name__}: {shown}\nRun it again with --debug to see where.", 2
     click.echo(click.style("Error: ", fg="red", bold=True) + message, err=True)
     for note in getattr(error, "__notes__", []):
         click.echo(note, err=True)
@@ -102,7 +120,8 @@ def _fail(error: BaseException) -> None:
 
 
 def _print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=1, allow_nan=False))
+    text = json.dumps(value, indent=1, allow_nan=False)
+    click.echo(text, file=click.get_current_context().meta["stdout"])
 
 
 # ------------------------------------------------------------------ commands
@@ -141,15 +160,19 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
     try:
         with display.log_to(directory):
             pipeline.train(settings, directory, resume=resume, display=display)
-    finally:
+    except (InspectionError, ParityError):
         _show_report(directory, as_json)
+        raise
+    _show_report(directory, as_json)
 
 
 @command
 @click.argument("run_dir", type=EXISTING)
 @json_option
 def report(run_dir: Path, as_json: bool) -> None:
-    """Print the report of RUN_DIR again, and rewrite its report.html from report.json.
+    """Print the report of RUN_DIR again.
+
+    Its report.html is written anew from report.json.
 
     \b
     Example:
@@ -157,29 +180,25 @@ def report(run_dir: Path, as_json: bool) -> None:
     """
     from mobileqat.report import write_html
 
-    results = _read_report(run_dir)
-    if results is None:
-        raise MobileQatError(
-            f"'{run_dir}' holds no report.json. Finish the run: mobileqat train ... --out {run_dir} --resume"
-        )
-    write_html(results, run_dir / "report.html")
+    write_html(_read_report(run_dir), run_dir / "report.html")
     _show_report(run_dir, as_json)
 
 
-def _read_report(run_dir: Path) -> dict | None:
+def _read_report(run_dir: Path) -> dict:
     path = run_dir / "report.json"
     if not path.is_file():
-        return None
+        raise MobileQatError(f"There is no '{path}'. Expected the directory of a run, as train makes it.")
     try:
-        return json.loads(path.read_text())
+        results = json.loads(path.read_text())
     except ValueError as error:
         raise MobileQatError(f"'{path}' is not valid JSON: {error}") from error
+    if not isinstance(results, dict) or results.get("schema_version") != 1:
+        raise MobileQatError(f"'{path}' is not a report of this version of mobileqat (no \"schema_version\": 1).")
+    return results
 
 
 def _show_report(run_dir: Path, as_json: bool) -> None:
-    results = _read_report(run_dir) if run_dir.is_dir() else None
-    if results is None:
-        return
+    results = _read_report(run_dir)
     if as_json:
         _print_json(results)
         return
@@ -196,7 +215,7 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.argument("model", type=EXISTING)
 @click.option("-o", "--output", type=EXISTING, help="File to write.  [default: MODEL with .tflite]")
 @data_options(required=False)
-@click.option("--samples", default=512, help="Training samples for calibration.")
+@click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
 @click.option("--scheme", default="w8a8")
 @click.option("--input-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
@@ -216,10 +235,11 @@ def convert(
     from mobileqat import models, pipeline
     from mobileqat.flatbuffer import inspect as inspect_file
 
+    path = output or model.with_suffix(".tflite")
+    _check_output(path, model)
     loaded = models.load_model(model)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
     content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type)
-    path = output or model.with_suffix(".tflite")
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
     inspection = inspect_file(content)
     if as_json:
@@ -227,6 +247,14 @@ def convert(
     else:
         _print_inspection(path, inspection)
     _exit_unless(inspection.fully_integer and not inspection.problems)
+
+
+def _check_output(path: Path, model: Path) -> None:
+    """Says at once what would otherwise end the command after all its work."""
+    if path.is_dir() or path.resolve() == model.resolve():
+        raise MobileQatError(f"'{path}' is a folder, or the model itself. Expected another file to write: -o FILE.")
+    if not path.parent.is_dir():
+        raise MobileQatError(f"There is no folder '{path.parent}' to write '{path.name}' into. Make it first.")
 
 
 def _exit_unless(passed: bool) -> None:
@@ -238,7 +266,9 @@ def _exit_unless(passed: bool) -> None:
 @click.argument("file", type=EXISTING)
 @json_option
 def inspect(file: Path, as_json: bool) -> None:
-    """Say what is inside FILE, and whether it is fully integer (exit code 1 if not).
+    """Say what is inside FILE, and whether it is fully integer.
+
+    The exit code is 1 if it is not.
 
     \b
     Example:
@@ -279,11 +309,13 @@ def _print_inspection(path: Path, inspection) -> None:
 @click.argument("model", type=EXISTING)
 @click.argument("file", type=EXISTING)
 @data_options(required=False)
-@click.option("--samples", default=256, help="Test samples; random ones without --data.")
+@click.option("--samples", default=256, type=click.IntRange(1), help="Test samples; random ones without --data.")
 @runtime_option
 @json_option
 def verify(model, file, source, data_path, image_size, samples, runtime, as_json) -> None:
-    """Compare the quantized Keras MODEL with FILE, in LSBs (exit code 1 beyond the bars).
+    """Compare the quantized Keras MODEL with FILE, in LSBs.
+
+    The exit code is 1 if a difference is beyond its bar.
 
     \b
     Example:
@@ -305,7 +337,7 @@ def _print_parity(result) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     table = Table("operator", "kind", "outputs", "identical", "largest", "passed", box=None, pad_edge=False)
     for row in result.operators:
         passed = "[green]yes[/]" if row.passed else "[red]no[/]"
@@ -330,7 +362,9 @@ def _print_parity(result) -> None:
 @threads_option
 @json_option
 def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_json) -> None:
-    """Score MODEL, a .tflite or Keras file, on the test split of --data.
+    """Score MODEL on the test split of --data.
+
+    MODEL is a .tflite, .keras or .h5 file.
 
     \b
     Example:
@@ -357,7 +391,9 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
 @threads_option
 @json_option
 def bench(files, runs, warmup, cpu, runtime, threads, as_json) -> None:
-    """Measure the latency of FILES on this machine; several are run in turns and compared with the first.
+    """Measure the latency of FILES on this machine.
+
+    Several files are run in turns and compared with the first.
 
     \b
     Example:
@@ -373,13 +409,13 @@ def bench(files, runs, warmup, cpu, runtime, threads, as_json) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "median", "p90", "min", "size", "ratio (min to max)", box=None, pad_edge=False)
+    table = Table("file", "median", "p90", "min", "size", "ratio (range)", box=None, pad_edge=False)
     for name, record in comparison.records.items():
         latency, ratio = record.latency_ms, comparison.ratios[name]
-        spread = f"{ratio.median:.3f} ({ratio.min:.3f} to {ratio.max:.3f})"
+        spread = f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f})"
         times = [f"{value:.3f} ms" for value in (latency.median, latency.p90, latency.min)]
         table.add_row(name, *times, f"{record.size_bytes / 1000:.1f} kB", spread)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     first = next(iter(comparison.records.values()))
     console.print(

@@ -61,12 +61,11 @@ class RunDisplay:
         self.log(f"{name} started")
 
     def done(self, name: str, status: str, seconds: float, message: str) -> None:
+        """A step has ended. The message goes to the log only: the command ends with it."""
         self._stop_progress()
         self.log(f"{name} {status} {seconds:.1f} s {message}".rstrip())
         word, colour = _MARKS[status]
         self.console.print(f"  {name:<9} [{colour}]{word:<8}[/]{seconds:7.1f} s")
-        if message:
-            self.console.print(f"    {message}", markup=False, soft_wrap=True)
 
     def training(self, name: str, epochs: int) -> keras.callbacks.Callback:
         # A bar needs a terminal to be drawn over; elsewhere the line per epoch says enough.

@@ -11,12 +11,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import keras
 import numpy as np
@@ -26,10 +27,10 @@ from mobileqat.bench import host
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
-from mobileqat.errors import CheckFailed, InspectionError, MobileQatError, ModelError, ParityError
+from mobileqat.errors import CheckFailed, DataError, InspectionError, MobileQatError, ModelError, ParityError
 from mobileqat.evaluate import accuracy, per_class, top1
 from mobileqat.quantize import QuantizedModel, quantize_model
-from mobileqat.recipe import Recipe, dump_recipe
+from mobileqat.recipe import PathSource, Recipe, dump_recipe
 from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.train import fit
@@ -328,9 +329,13 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
         for name, step in STEPS.items():
             _run_step(run, name, step)
-    finally:
-        # Also after an error: the report shows how far the run came, and why it ended.
         results = write_report(run)
+    except BaseException:
+        # The report shows how far the run came, and why it ended; that error matters more than one in writing it.
+        with suppress(MobileQatError, OSError):
+            write_report(run)
+        raise
+    finally:
         run.directory.close()
     if run.failures:
         raise run.failures[0]
@@ -338,7 +343,9 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
 
 
 def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
-    finished = run.directory.result(name)
+    # Kept only if every step before it was: a step done anew may have other results.
+    is_kept = all(step["status"] == "resumed" for step in run.steps)
+    finished = run.directory.result(name) if is_kept else None
     if run.display:
         run.display.step(name)
     if finished is not None:
@@ -350,6 +357,8 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         message = str(error) or type(error).__name__
         run.end_step(name, "failed", time.perf_counter() - started, message=message)
+        note = f"Step '{name}' did not finish. What came before it is kept in '{run.directory.path}': --resume goes on."
+        error.__notes__ = [*getattr(error, "__notes__", []), note]  # add_note is new in Python 3.11
         raise
     seconds = time.perf_counter() - started
     if failures := run.failures[failures_before:]:
@@ -416,6 +425,8 @@ def environment() -> dict:
 
 def load_data(source: str, path: str | None = None, image_size: tuple[int, int] | None = None) -> Dataset:
     """A dataset by name, as in a recipe's `data` section."""
+    if source in get_args(PathSource) and path is None:
+        raise DataError(f"--data {source} reads a file or folder of yours. Say which: --data-path PATH.")
     return load_dataset(source, path=path, image_size=image_size or None)
 
 
@@ -467,6 +478,8 @@ def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:
 
 def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str, threads: int) -> dict:
     """Accuracy of a `.tflite` or Keras file on the test split."""
+    if path.suffix not in (".tflite", ".keras", ".h5", ".hdf5"):
+        raise MobileQatError(f"'{path}' is no model file. Expected one that ends in .tflite, .keras or .h5.")
     x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
     if path.suffix == ".tflite":
         outputs = np.asarray(Session(path, runtime, threads).predict(x))
