@@ -25,6 +25,7 @@ _MODULES = {
     "convert": "convert",
     "convert_float": "convert",
     "inspect": "flatbuffer",
+    "load_model": "models",
     "quantize_annotate_layer": "quantize",
     "quantize_annotate_model": "quantize",
     "quantize_apply": "quantize",
@@ -56,3 +57,7 @@ def __dir__() -> list[str]:
 
 
 sys.modules[__name__].__class__ = _Package
+
+# Where Keras is loaded already, a light import gains nothing, and `keras.models.load_model` needs our classes.
+if "keras" in sys.modules:
+    importlib.import_module("mobileqat.quantize")

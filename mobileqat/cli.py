@@ -21,6 +21,7 @@ from typing import Any
 import click
 
 from mobileqat.errors import InspectionError, MobileQatError, ParityError
+from mobileqat.rundir import is_disk_full
 
 EXISTING = click.Path(path_type=Path)
 RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
@@ -108,6 +109,8 @@ def _fail(error: BaseException) -> None:
         message, code = "Interrupted.", 1
     elif isinstance(error, MobileQatError):
         message, code = text, error.exit_code
+    elif is_disk_full(error):
+        message, code = f"The disk is full: {text.splitlines()[0][-300:]}", 2
     elif isinstance(error, (OSError, MemoryError)):
         message, code = f"{type(error).__name__}: {text}", 2
     else:

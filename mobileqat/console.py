@@ -100,4 +100,4 @@ class _TrainingProgress(keras.callbacks.Callback):
             f"validation {logs['val_accuracy']:.2%}"
         )
         self.display.log(line)
-        self.display.console.print(f"    {line}")
+        self.display.console.print(f"    {line}", soft_wrap=True)

@@ -25,7 +25,7 @@ import numpy as np
 from mobileqat import flatbuffer, models, parity, report
 from mobileqat.bench import host
 from mobileqat.calibrate import calibrate
-from mobileqat.convert import convert, convert_float
+from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
 from mobileqat.errors import CheckFailed, DataError, InspectionError, MobileQatError, ModelError, ParityError
 from mobileqat.evaluate import accuracy, per_class, top1
@@ -136,9 +136,9 @@ def _float(run: Run) -> dict:
         return models.build_model(recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args)
 
     model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
-    _check_fits(model, data)
-    # Layers that cannot be quantized are reported now, before any time goes into training.
+    # What cannot be quantized or trained on this data is reported now, before any time goes into training.
     quantize_model(model, recipe.quantize.scheme)
+    _check_fits(model, data)
     history = fit(
         model,
         data,
@@ -154,12 +154,14 @@ def _float(run: Run) -> dict:
 
 
 def _check_fits(model: keras.Model, data: Dataset) -> None:
-    expected, received = tuple(model.input_shape[1:]), data.train.x.shape[1:]
-    if expected != received:
-        raise ModelError(f"Model '{model.name}' takes samples of shape {expected}. The data's are {received}.")
-    if model.output_shape[-1] != len(data.class_names):
+    inputs, outputs = [tuple(x.shape) for x in model.inputs], [tuple(x.shape) for x in model.outputs]
+    sample, classes = data.train.x.shape[1:], len(data.class_names)
+    if inputs != [(None, *sample)]:
+        raise ModelError(f"Model '{model.name}' takes inputs of shape {inputs}. The data's samples are {sample}.")
+    if outputs != [(None, classes)]:
         raise ModelError(
-            f"Model '{model.name}' has {model.output_shape[-1]} outputs. The data has {len(data.class_names)} classes."
+            f"Model '{model.name}' has outputs of shape {outputs}. The data has {classes} classes: expected one output "
+            f"of shape (None, {classes})."
         )
 
 
@@ -174,6 +176,7 @@ def _ptq(run: Run) -> dict:
     )
     samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
+    check_ranges(model)
     run.keep_model("ptq", model)
     return {"plan": plan_rows(model)}
 

@@ -86,7 +86,8 @@ class RunDirectory:
         if previous != recipe:
             raise RunDirectoryError(
                 f"The recipe has changed since '{self.path}' was started:\n{_difference(previous, recipe)}\nUndo the "
-                "change, or start a new run with another --out."
+                "change, or start a new run with another --out. To start that one from the float model of this one: "
+                f"--set model.weights={self.path / 'models' / 'float.keras'} --set float.epochs=0"
             )
 
     def close(self) -> None:
@@ -103,8 +104,7 @@ class RunDirectory:
 
     def finish(self, step: str, result: Any) -> None:
         """Records a step as finished, with the files written since the one before; `--resume` skips it from now on."""
-        files, self._files = self._files, []
-        self.write_json(f"steps/{step}.json", {"result": result, "files": files})
+        self.write_json(f"steps/{step}.json", {"result": result, "files": self._files})
         self._files = []
 
     # ------------------------------------------------------------------ artefacts

@@ -69,21 +69,13 @@ class QuantizeWrapper(keras.layers.Layer):
         self.supports_jit = True
         self.built = True
 
-    @property
-    def kernel(self) -> keras.Variable | None:
-        """The master kernel, float, in Keras's layout."""
-        if not self.rule.has_kernel:
-            return None
-        return getattr(self.layer, "depthwise_kernel", None) or self.layer.kernel
-
     def call(self, inputs, training=None):
         if self.operator.quantized and not training:
             return self._infer(tf.nest.flatten(inputs))
-        x = self.float_call(inputs, training, self._fake_quantized_kernel() if self.operator.quantized else None)
-        x = tf.cast(x, tf.float32)
-        return (
-            self.output_quantizer(x, member=self.member, training=training) if self._quantizes_output(training) else x
-        )
+        x = tf.cast(self.float_call(inputs, training, self._fake_quantized_kernel()), tf.float32)
+        if self._quantizes_output(training):
+            return self.output_quantizer(x, member=self.member, training=training)
+        return x
 
     def _quantizes_output(self, training) -> bool:
         if self.output_quantizer is None:
@@ -104,13 +96,13 @@ class QuantizeWrapper(keras.layers.Layer):
         arguments = {"training": training} if self.layer._call_has_training_arg else {}
         if kernel is None:
             return self.layer(inputs, **arguments)
-        with keras.StatelessScope(state_mapping=[(self.kernel, kernel)]):
+        with keras.StatelessScope(state_mapping=[(self.layer.kernel, kernel)]):
             return self.layer(inputs, **arguments)
 
     def _fake_quantized_kernel(self):
         if self.weight_spec is None:
             return None
-        kernel = tf.convert_to_tensor(self.kernel)
+        kernel = tf.convert_to_tensor(self.layer.kernel)
         integers, scales = quantize_weights(kernel, self.rule.channel_axes, self.weight_spec)
         return integers * scales
 
@@ -163,7 +155,7 @@ class QuantizeWrapper(keras.layers.Layer):
             bias in units of `input_scale * scales`, not yet rounded, [channels].
         """
         axes = self.rule.channel_axes
-        kernel = tf.convert_to_tensor(self.kernel)
+        kernel = tf.convert_to_tensor(self.layer.kernel)
         integers, scales = quantize_weights(kernel, axes, self.weight_spec)
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
         scales = tf.reshape(tf.broadcast_to(scales, channel_shape), [-1])
@@ -213,7 +205,7 @@ class QuantizeWrapper(keras.layers.Layer):
     def float_constants(self) -> tuple[np.ndarray, np.ndarray]:
         """Kernel and bias in float32 with BatchNormalization folded in, for an operator kept in float."""
         axes = self.rule.channel_axes
-        kernel = tf.convert_to_tensor(self.kernel)
+        kernel = tf.convert_to_tensor(self.layer.kernel)
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
         bias = tf.convert_to_tensor(self.layer.bias) if self.layer.use_bias else tf.zeros(np.prod(channel_shape))
         if self.batch_norm is not None:

@@ -220,9 +220,10 @@ def input_used_twice():
 
 def nested():
     inner = keras.Sequential([keras.Input((6, 6, 4)), L.Conv2D(4, 3, padding="same"), L.ReLU()], name="inner")
+    z = keras.Input((6, 6, 4))
+    middle = keras.Sequential([keras.Input((6, 6, 4)), L.Conv2D(4, 1, name="conv")], name="middle")
+    outer = keras.Model(z, L.BatchNormalization()(middle(z)), name="outer")
     x, a, b = two_convolutions()
-    outer_input = keras.Input((6, 6, 4))
-    outer = keras.Model(outer_input, L.BatchNormalization()(L.Conv2D(4, 1)(inner(outer_input))), name="outer")
     return keras.Model(x, L.Add()([outer(a), inner(inner(b))]))
 
 
@@ -270,14 +271,13 @@ def test_batch_normalization(build):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.7])
-@pytest.mark.parametrize("gamma", [0.0, 1e-20, 1e-12, 1e-9, 1e-7, 1e-5, -1e-5])
-def test_vanishing_gamma(gamma, beta):
+def test_vanishing_gamma(beta):
     """A channel that BatchNormalization switches off needs a bias that fits its scale."""
-    model = sequential(L.Conv2D(4, 3), L.BatchNormalization(name="norm"))
-    values = model.get_layer("norm")
-    values.gamma.assign([gamma, 1.0, -1.0, 0.5])
-    values.beta.assign([beta, 0.1, 0.0, 0.0])
-    values.moving_mean.assign([0.3, 0.0, 0.1, 0.0])
+    gammas = [0.0, 1e-20, -1e-12, 1e-9, 1e-7, -1e-5, 1e-3, 1.0]
+    model = sequential(L.Conv2D(8, 3), L.BatchNormalization(name="norm"), L.Conv2D(3, 1))
+    model.get_layer("norm").gamma.assign(gammas)
+    model.get_layer("norm").beta.assign(np.full(8, beta))
+    model.get_layer("norm").moving_mean.assign(np.full(8, 0.3))
     check_layer(model, give_weights=False)
 
 
@@ -291,9 +291,9 @@ def test_activations_of_the_input(build):
     check_layer(build(), low=-8, high=8)
 
 
-@pytest.mark.parametrize("function", ["softmax", "sigmoid", "tanh", "relu", "leaky_relu", "swish", "hard_swish"])
-def test_activation_argument(function):
-    check_layer(sequential(L.Dense(7, activation=function), L.Dense(5, activation=function), shape=(4, 11)))
+@pytest.mark.parametrize("functions", [("softmax", "sigmoid", "tanh"), ("relu", "leaky_relu", "swish", "hard_swish")])
+def test_activation_argument(functions):
+    check_layer(sequential(*[L.Dense(7, activation=function) for function in functions], shape=(4, 11)))
 
 
 @cases(SPACE)
@@ -342,8 +342,8 @@ def test_unusual_inputs(low, high):
     check_layer(sequential(L.Conv2D(4, 3), L.ReLU(), L.MaxPooling2D(), L.Flatten(), L.Dense(3)), low=low, high=high)
 
 
-@pytest.mark.parametrize("factor", [1e-6, 1e-4, 1e-2, 30.0, 3e3])
-@pytest.mark.parametrize("layer", [L.Add, L.Concatenate])
+@pytest.mark.parametrize("factor", [1e-6, 1e-3, 1e3])
+@pytest.mark.parametrize("layer", [L.Add, L.Multiply])
 def test_branches_of_unlike_scale(layer, factor):
     """A residual branch that starts near zero, or a huge one: the delegate may refuse such a ratio of scales."""
     x = keras.Input((6, 6, 4), name="x")

@@ -180,6 +180,8 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
     """
     import keras
 
+    # Registers the classes that a quantized model's file names.
+    importlib.import_module("mobileqat.quantize")
     path = Path(path)
     if not path.is_file():
         raise ModelError(f"There is no file '{path}'. Expected a .keras or .h5 model or weights file.")

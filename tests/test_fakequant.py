@@ -1,0 +1,188 @@
+"""Fake quantization on tensors: the reference arithmetic to the bit, straight-through gradients, moving ranges."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mobileqat import fakequant, numerics
+from mobileqat.fakequant import FakeQuantize, quantize_weights, straight_through
+from mobileqat.schemes import QuantSpec
+
+INT8 = QuantSpec(8)
+WEIGHTS = QuantSpec(8, symmetric=True, per_channel=True)
+REALS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
+QUICK = settings(max_examples=60, deadline=None)
+
+
+def calibrated(low=-1.0, high=2.0, spec=INT8):
+    layer = FakeQuantize(spec, ("x",))
+    layer.set_range("x", low, high)
+    return layer
+
+
+def compiled(function, *arguments):
+    """The result from inside a traced function, where TensorFlow's graph optimizer is at work."""
+    return tf.function(function)(*arguments)
+
+
+@pytest.mark.parametrize("spec", [INT8, QuantSpec(4), QuantSpec(16, symmetric=True)])
+@QUICK
+@given(bounds=st.tuples(REALS, REALS).map(sorted))
+def test_parameters_are_those_of_numerics(spec, bounds):
+    layer = calibrated(*bounds, spec)
+    expected = numerics.quantization_parameters(*bounds, spec)
+    for scale, zero_point in (layer.parameters(), tf.function(layer.parameters)()):
+        assert (scale.numpy(), zero_point.numpy()) == expected
+
+
+@QUICK
+@given(hnp.arrays(np.float32, 20, elements=st.floats(-4, 4, width=32, allow_subnormal=False)))
+def test_inference_is_quantize_and_dequantize(values):
+    layer = calibrated()
+    scale, zero_point = numerics.quantization_parameters(-1, 2, INT8)
+    expected = numerics.dequantize(numerics.quantize(values, scale, zero_point, INT8), scale, zero_point)
+    np.testing.assert_array_equal(layer(values), expected)
+    np.testing.assert_array_equal(compiled(layer, tf.constant(values)), expected)
+
+
+def test_training_lies_on_the_grid_of_inference():
+    layer = calibrated()
+    layer.observing = False
+    values = np.random.default_rng(0).uniform(-3, 3, 5000).astype(np.float32)
+    scale, zero_point = (parameter.numpy() for parameter in layer.parameters())
+    in_training, at_inference = (
+        np.round(np.asarray(layer(values, member="x", training=training)) / scale + zero_point)
+        for training in (True, False)
+    )
+    np.testing.assert_array_equal(in_training, at_inference)
+
+
+@QUICK
+@given(hnp.arrays(np.float32, 30, elements=st.floats(-3, 3, width=32)))
+def test_ties_as_in_numerics(values):
+    halves = np.concatenate([values, np.float32([0.5, -0.5, 1.5, -2.5, 0.49999997, 8388609])])
+    np.testing.assert_array_equal(fakequant.round_half_away(tf.constant(halves)), numerics.round_half_away(halves))
+
+
+@QUICK
+@given(hnp.arrays(np.float32, (3, 2, 4), elements=st.floats(-10, 10, width=32, allow_subnormal=False)))
+def test_weights_are_those_of_numerics(weights):
+    expected = numerics.weight_scales(weights, (2,), WEIGHTS)
+    integers, scales = quantize_weights(tf.constant(weights), (2,), WEIGHTS)
+    np.testing.assert_array_equal(scales, expected)
+    np.testing.assert_array_equal(integers, np.round(weights / expected))
+    again, _ = compiled(lambda w: quantize_weights(w, (2,), WEIGHTS), tf.constant(weights))
+    np.testing.assert_array_equal(again, integers)
+
+
+def gradient_of(function, x):
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.reduce_sum(function(x))
+    return tape.gradient(y, x).numpy()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradient_is_one_inside_and_zero_outside(training):
+    layer = calibrated()
+    layer.observing = False
+    x = np.float32([-5, -1.2, -0.9, 0, 0.013, 1.9, 2.2, 7])
+    gradient = gradient_of(lambda x: layer(x, member="x", training=training), x)
+    np.testing.assert_allclose(gradient, [0, 0, 1, 1, 1, 1, 0, 0], rtol=1e-6)
+
+
+def test_weight_gradient_is_the_identity():
+    weights = np.random.default_rng(0).normal(size=(3, 3, 2, 5)).astype(np.float32)
+    gradient = gradient_of(lambda w: tf.multiply(*quantize_weights(w, (3,), WEIGHTS)), weights)
+    np.testing.assert_allclose(gradient, np.ones_like(weights), rtol=1e-6)
+
+
+def test_straight_through():
+    assert straight_through(tf.constant(3.0), tf.constant(2.5)).numpy() == 3.0
+    assert gradient_of(lambda x: straight_through(tf.round(x), 2.0 * x), np.float32(0.3)) == 2.0
+
+
+def test_ranges_are_a_debiased_average():
+    layer = FakeQuantize(INT8, ("a", "b"), ema_decay=0.9)
+    assert np.isnan(layer.ranges()).all()
+    batches = [np.float32([-1, 2]), np.float32([-3, 1]), np.float32([0, 5])]
+    for batch in batches:
+        layer(batch, member="a", training=True)
+    weights = 0.1 * 0.9 ** np.array([2, 1, 0])
+    expected = weights @ np.array(batches) / weights.sum()
+    np.testing.assert_allclose(layer.ranges()[0], expected, rtol=1e-6)
+    assert np.isnan(layer.ranges()[1]).all(), "a member that was not seen does not move"
+
+
+def test_first_batch_sets_the_range():
+    layer = FakeQuantize(INT8, ("x",), ema_decay=0.999)
+    layer(np.float32([-2, 6]), member="x", training=True)
+    np.testing.assert_allclose(layer.ranges(), [[-2, 6]], rtol=1e-4)
+
+
+def test_calibration_starts_the_average():
+    layer = FakeQuantize(INT8, ("x",), ema_decay=0.5)
+    layer.set_range("x", -4, 4)
+    layer(np.float32([0, 8]), member="x", training=True)
+    np.testing.assert_allclose(layer.ranges(), [[-2, 6]])
+
+
+@pytest.mark.parametrize("training, observing", [(False, True), (None, True), (True, False)])
+def test_ranges_that_do_not_move(training, observing):
+    layer = calibrated()
+    layer.observing = observing
+    layer(np.float32([-50, 50]), member="x", training=training)
+    np.testing.assert_array_equal(layer.ranges(), [[-1, 2]])
+
+
+def test_grid_holds_every_member():
+    layer = FakeQuantize(INT8, ("a", "b"))
+    layer.set_range("a", -1, 1)
+    layer.set_range("b", 0, 3)
+    assert layer.parameters()[0].numpy() == numerics.quantization_parameters(-1, 3, INT8)[0]
+
+
+@pytest.mark.parametrize(
+    "options, ranges",
+    [({"fixed": (1 / 256, -128)}, [[0, 255 / 256]]), ({"pinned": (0.0, 255.0)}, [[0, 255]])],
+)
+def test_parameters_that_no_data_changes(options, ranges):
+    layer = FakeQuantize(INT8, **options)
+    layer(np.float32([-1000, 1000]), member="x", training=True)
+    np.testing.assert_allclose(layer.ranges(), ranges)
+    assert not layer.is_learned and layer.variables == []
+    copy = FakeQuantize.from_config(layer.get_config())
+    assert copy.get_config() == layer.get_config()
+    assert [value.numpy() for value in copy.parameters()] == [value.numpy() for value in layer.parameters()]
+
+
+def test_needs_a_source_of_ranges():
+    with pytest.raises(ValueError, match="members"):
+        FakeQuantize(INT8)
+
+
+def test_config_round_trip():
+    layer = FakeQuantize(QuantSpec(4, symmetric=True), ("a", "b"), ema_decay=0.7, name="grid")
+    copy = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(layer))
+    assert (copy.spec, copy.members, copy.ema_decay, copy.name) == (layer.spec, layer.members, 0.7, "grid")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_keeps_the_dtype(dtype):
+    assert calibrated()(tf.zeros((3,), dtype)).dtype == dtype
+
+
+def test_products_round_once():
+    """The graph optimizer may not turn a division by a constant into a product with its reciprocal."""
+    values = np.random.default_rng(0).uniform(0.1, 10, 2000).astype(np.float32)
+    np.testing.assert_array_equal(
+        compiled(lambda a: fakequant.quotient(a, 255), tf.constant(values)), values / np.float32(255)
+    )
+    np.testing.assert_array_equal(
+        compiled(lambda a: fakequant.product(a, np.float32(0.1)), tf.constant(values)), values * np.float32(0.1)
+    )
