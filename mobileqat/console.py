@@ -39,7 +39,7 @@ class RunDisplay:
         self.console.print(f"Run directory: {directory}", soft_wrap=True)
         try:
             yield
-        except MobileQatError as error:
+        except (MobileQatError, KeyboardInterrupt) as error:
             self.log(f"{type(error).__name__}: {error}")
             raise
         except BaseException:

@@ -66,8 +66,10 @@ def round_half_away(x: np.ndarray) -> np.ndarray:
 
 def quantize(real: np.ndarray, scale, zero_point, spec: QuantSpec) -> np.ndarray:
     """Integers nearest to `real`, ties away from zero as in LiteRT's QUANTIZE; float array in, int32 array out."""
-    integers = round_half_away(np.asarray(real, np.float32) / np.float32(scale)) + zero_point
-    return np.clip(integers, spec.qmin, spec.qmax).astype(np.int32)
+    scaled = np.asarray(real, np.float32) / np.float32(scale)
+    # Clipping first is the same, and keeps infinities out of the rounding.
+    inside = np.clip(scaled, np.float32(spec.qmin - zero_point), np.float32(spec.qmax - zero_point))
+    return (round_half_away(inside) + zero_point).astype(np.int32)
 
 
 def dequantize(integers: np.ndarray, scale, zero_point) -> np.ndarray:

@@ -115,6 +115,8 @@ def verify(
     bars: Bars | None = None,
     runtime: str = "litert",
     operator_samples: int = 64,
+    simulated=None,
+    interpreted=None,
 ) -> Parity:
     """Compares a quantized model with the file made from it.
 
@@ -125,6 +127,8 @@ def verify(
         bars: what must be reached; `default_bars(runtime)` by default.
         runtime: interpreter to compare with.
         operator_samples: how many of the samples the operator-by-operator comparison uses.
+        simulated: `model.predict(samples)`, if it is known already.
+        interpreted: `Session(content, runtime).predict(samples)`, likewise.
 
     Raises:
         FlatbufferError: the file is broken, or was not made from this model.
@@ -137,8 +141,11 @@ def verify(
     _require_same_tensors(model, file)
     weights = compare_weights(model, file)
     operators = compare_operators(model, file, [array[:operator_samples] for array in arrays], bars, runtime)
-    session = Session(file, runtime)
-    end_to_end = compare_outputs(simulate(model, arrays), _as_list(session.predict(arrays)))
+    if simulated is None:
+        simulated = model.predict(arrays[0] if len(arrays) == 1 else arrays, batch_size=64, verbose=0)
+    if interpreted is None:
+        interpreted = Session(file, runtime).predict(arrays)
+    end_to_end = compare_outputs(output_integers(model, simulated), output_integers(model, interpreted))
     description = f"{runtime} {available_runtimes()[runtime]}"
     return Parity(description, weights, operators, end_to_end, find_problems(weights, operators, end_to_end, bars))
 
@@ -181,11 +188,21 @@ def _require_same_tensors(model: QuantizedModel, file: flatbuffer.Model) -> None
         )
 
 
-def simulate(model: QuantizedModel, arrays: list[np.ndarray], batch_size: int = 64) -> list[np.ndarray]:
-    """Output integers of the Keras simulation (real values for outputs kept in float), one array per output."""
-    inputs = arrays[0] if len(arrays) == 1 else arrays
-    outputs = _as_list(model.predict(inputs, batch_size=batch_size, verbose=0))
-    return [_integers(model, name, real) for name, real in zip(model.plan.outputs, outputs, strict=True)]
+def output_integers(model: QuantizedModel, outputs) -> list[np.ndarray]:
+    """Model outputs on the plan's grids, one array per output, whatever type they come in.
+
+    int8 stays, uint8 is the same grid moved by 128, real values are divided by the scale; outputs that the plan keeps
+    in float stay real.
+    """
+    integers = []
+    for name, values in zip(model.plan.outputs, _as_list(outputs), strict=True):
+        if values.dtype == np.uint8:
+            integers.append(values.astype(np.int32) - 128)
+        elif np.issubdtype(values.dtype, np.integer):
+            integers.append(values)
+        else:
+            integers.append(_integers(model, name, values))
+    return integers
 
 
 def _integers(model: QuantizedModel, name: str, real) -> np.ndarray:

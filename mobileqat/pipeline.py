@@ -242,21 +242,26 @@ def _parity(run: Run) -> dict:
     x, _ = run.test
     results: dict[str, Any] = {}
     for variant in run.variants:
-        session = Session(run.file(variant), run.recipe.evaluate.runtime, run.recipe.evaluate.threads)
-        interpreted = np.asarray(session.predict(x))
-        if variant == "float":
-            simulated = run.model("float").predict(x, verbose=0)
-        else:
-            # Bars hold for the default runtime; how others differ is a matter of their own kernels.
-            result = parity.verify(
-                run.model(variant), run.file(variant), x, bars=bars, operator_samples=settings.samples
-            )
-            results[variant] = result.to_dict()
-            simulated = run.model(variant).predict(x, verbose=0)
-            if not result.passed:
-                problems = "\n".join(f"  - {problem}" for problem in result.problems)
-                run.fail(ParityError(f"{variant}.tflite does not compute what was trained:\n{problems}"))
+        runtime = run.recipe.evaluate.runtime
+        interpreted = np.asarray(Session(run.file(variant), runtime, run.recipe.evaluate.threads).predict(x))
+        simulated = run.model(variant).predict(x, batch_size=64, verbose=0)
         run.keep_outputs(variant, interpreted, simulated)
+        if variant == "float":
+            continue
+        # The recipe's bars are for the default runtime, whatever evaluates; others round in their own ways.
+        result = parity.verify(
+            run.model(variant),
+            run.file(variant),
+            x,
+            bars=bars,
+            operator_samples=settings.samples,
+            simulated=simulated,
+            interpreted=interpreted if runtime == "litert" else None,
+        )
+        results[variant] = result.to_dict()
+        if not result.passed:
+            problems = "\n".join(f"  - {problem}" for problem in result.problems)
+            run.fail(ParityError(f"{variant}.tflite does not compute what was trained:\n{problems}"))
     return results
 
 
@@ -355,6 +360,8 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
         run.end_step(name, "resumed", finished["seconds"], result=finished["result"])
         return
     started, failures_before = time.perf_counter(), len(run.failures)
+    # Each step starts from the seed, so that a resumed run goes on as the run that was not interrupted.
+    keras.utils.set_random_seed(run.recipe.seed)
     try:
         result = step(run)
     except (Exception, KeyboardInterrupt) as error:

@@ -172,11 +172,6 @@ def test_config_round_trip():
     assert (copy.spec, copy.members, copy.ema_decay, copy.name) == (layer.spec, layer.members, 0.7, "grid")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_keeps_the_dtype(dtype):
-    assert calibrated()(tf.zeros((3,), dtype)).dtype == dtype
-
-
 def test_products_round_once():
     """The graph optimizer may not turn a division by a constant into a product with its reciprocal."""
     values = np.random.default_rng(0).uniform(0.1, 10, 2000).astype(np.float32)
