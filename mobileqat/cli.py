@@ -238,9 +238,9 @@ def convert(
     from mobileqat import models, pipeline
     from mobileqat.flatbuffer import inspect as inspect_file
 
+    loaded = models.load_model(model)
     path = output or model.with_suffix(".tflite")
     _check_output(path, model)
-    loaded = models.load_model(model)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
     content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type)
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from mobileqat import kernels
 from mobileqat.errors import CalibrationError, MobileQatError, ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.models import check_finite_weights
@@ -30,12 +31,20 @@ DTYPES = {
     np.dtype("int32"): schema.TensorType.INT32,
 }
 IO_TYPES = ("int8", "uint8", "float32")
+
+
+def _transpose_conv_kernel(kernel: np.ndarray, layer) -> np.ndarray:
+    """[H, W, O, I] to [O, H, W, I], filled up with zeros to the stride: XNNPACK refuses a kernel smaller than that."""
+    missing = [(0, max(stride - size, 0)) for stride, size in zip(layer.strides, kernel.shape, strict=False)]
+    return np.pad(kernel, (*missing, (0, 0), (0, 0))).transpose(2, 0, 1, 3)
+
+
 # From Keras's kernel layout to the runtime's, and the axis of the output channels there.
-KERNEL_LAYOUTS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
-    "CONV_2D": (lambda kernel: kernel.transpose(3, 0, 1, 2), 0),
-    "DEPTHWISE_CONV_2D": (lambda kernel: kernel.reshape(1, *kernel.shape[:2], -1), 3),
-    "TRANSPOSE_CONV": (lambda kernel: kernel.transpose(2, 0, 1, 3), 0),
-    "FULLY_CONNECTED": (np.transpose, 0),
+KERNEL_LAYOUTS: dict[str, tuple[Callable[[np.ndarray, Any], np.ndarray], int]] = {
+    "CONV_2D": (lambda kernel, layer: kernel.transpose(3, 0, 1, 2), 0),
+    "DEPTHWISE_CONV_2D": (lambda kernel, layer: kernel.reshape(1, *kernel.shape[:2], -1), 3),
+    "TRANSPOSE_CONV": (_transpose_conv_kernel, 0),
+    "FULLY_CONNECTED": (lambda kernel, layer: kernel.transpose(), 0),
 }
 
 
@@ -279,13 +288,15 @@ class _Writer:
         layout, axis = KERNEL_LAYOUTS[wrapper.operator.kind]
         if not wrapper.operator.quantized:
             kernel, bias = wrapper.float_constants()
-            return [self.constant(f"{name}/kernel", layout(kernel)), self.constant(f"{name}/bias", bias)]
+            return [self.constant(f"{name}/kernel", layout(kernel, wrapper.layer)), self.constant(f"{name}/bias", bias)]
         constants = wrapper.constants()
         input_scale = wrapper.input_scale()
         scales = constants["scales"]
         zeros = np.zeros(scales.shape, np.int64)
         return [
-            self.constant(f"{name}/kernel", layout(constants["weights"]), _Quantization(scales, zeros, axis)),
+            self.constant(
+                f"{name}/kernel", layout(constants["weights"], wrapper.layer), _Quantization(scales, zeros, axis)
+            ),
             self.constant(f"{name}/bias", constants["bias"], _Quantization(input_scale * scales, zeros)),
         ]
 
@@ -452,6 +463,17 @@ def _resize_bilinear(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
     return _options("ResizeBilinear", halfPixelCenters=True), [_resize_to(writer, wrapper)], 3
 
 
+def _minimum(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
+    name, maximum = f"{wrapper.operator.name}/maximum", wrapper.layer.maximum
+    if not wrapper.operator.quantized:
+        return _options("MaximumMinimum"), [writer.constant(name, np.array([maximum], np.float32))], 1
+    quantizer = wrapper.output_quantizer
+    assert quantizer is not None
+    integer = kernels.quantized_constant(maximum, wrapper.grid(quantizer)).numpy()
+    constant = writer.constant(name, np.array([integer], np.int8), writer.quantization(quantizer))
+    return _options("MaximumMinimum"), [constant], 2
+
+
 def _plain(name: str | None, version: int, **fields: Callable[[QuantizeWrapper], Any]):
     """An operator without constant operands; `fields` compute its options from the wrapper."""
 
@@ -482,6 +504,8 @@ _EMITTERS: dict[str, Callable[[_Writer, QuantizeWrapper], Emitted]] = {
     "RESIZE_BILINEAR": _resize_bilinear,
     "QUANTIZE": _plain(None, 1),
     "RELU": _plain(None, 2),
+    "RELU6": _plain(None, 2),
+    "MINIMUM": _minimum,
     "LEAKY_RELU": _plain("LeakyRelu", 1, alpha=lambda wrapper: float(wrapper.layer.negative_slope)),
     "SOFTMAX": _plain("Softmax", 2, beta=lambda wrapper: 1.0),
     "LOGISTIC": _plain(None, 2),

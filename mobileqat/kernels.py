@@ -161,6 +161,20 @@ def requantize_int8(layer, inputs, grids, output: Grid, activation: str):
     return _fixed_point_8(_centred(inputs[0], grids[0]), multiplier, output)
 
 
+def relu6(layer, inputs, grids, output: Grid, activation: str):
+    return tf.clip_by_value(inputs[0], *output.clamp("RELU6"))
+
+
+def minimum(layer, inputs, grids, output: Grid, activation: str):
+    return tf.minimum(inputs[0], quantized_constant(layer.maximum, output))
+
+
+def quantized_constant(value: float, grid: Grid):
+    """The integer that stands for a constant operand on a tensor's grid."""
+    integer = round_half_away(quotient(value, grid.scale)) + grid.zero_point
+    return tf.clip_by_value(integer, float(grid.qmin), float(grid.qmax))
+
+
 # ------------------------------------------------------------------ tables of 256 entries
 
 
@@ -286,6 +300,8 @@ def _bilinear_taps(size: int, new_size: int):
 KERNELS: dict[str, Kernel] = {
     "ADD": add,
     "MUL": mul,
+    "RELU6": relu6,
+    "MINIMUM": minimum,
     "LEAKY_RELU": leaky_relu,
     "QUANTIZE": requantize_int8,
     "LOGISTIC": _function_table(tf.sigmoid),

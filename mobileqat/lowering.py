@@ -30,6 +30,21 @@ class Requantize(keras.layers.Layer):
         return input_shape
 
 
+@keras.saving.register_keras_serializable("mobileqat")
+class Clip(keras.layers.Layer):
+    """The smaller of a tensor and a constant: what the runtime needs for a ReLU with a bound other than 6."""
+
+    def __init__(self, maximum: float, **kwargs):
+        super().__init__(**kwargs)
+        self.maximum = maximum
+
+    def call(self, inputs):
+        return keras.ops.minimum(inputs, self.maximum)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+
 def lower(graph: Graph, pinned_inputs: tuple[str, ...] = ()) -> Graph:
     """Lowers every node of a graph.
 
@@ -112,7 +127,13 @@ class _Lowerer:
         rule = producer and find_rule(producer.layer)
         if not rule or not rule.has_kernel:
             return False
-        readers = sum(tensor == self.alias.get(name) for node in self.graph.nodes for name in node.inputs)
+        # A linear activation has vanished: its output is an alias of the tensor, and it reads nothing.
+        readers = sum(
+            self.alias.get(name) == tensor
+            for node in self.graph.nodes
+            for name in node.inputs
+            if self.alias.get(node.path) != tensor
+        )
         leaves = any(tensor == self.alias.get(name) for name in self.graph.outputs)
         return readers <= 1 and not leaves
 
@@ -215,6 +236,9 @@ def _relu(lowerer: _Lowerer, node: Node, inputs) -> str:
     layer = node.layer
     if layer.negative_slope and layer.max_value is None and not layer.threshold:
         return lowerer.emit(node.path, keras.layers.LeakyReLU(negative_slope=float(layer.negative_slope)), inputs)
+    if layer.max_value not in (None, 6) and not layer.negative_slope and not layer.threshold:
+        tensor = lowerer.emit(f"{node.path}/relu", keras.layers.ReLU(), inputs)
+        return lowerer.emit(node.path, Clip(float(layer.max_value)), (tensor,))
     return _plain(lowerer, node, inputs)
 
 

@@ -225,7 +225,7 @@ def compare_weights(model: QuantizedModel, file: flatbuffer.Model) -> WeightPari
             continue
         constants = wrapper.constants()
         layout, _ = KERNEL_LAYOUTS[wrapper.operator.kind]
-        for role, expected in (("kernel", layout(constants["weights"])), ("bias", constants["bias"])):
+        for role, expected in (("kernel", layout(constants["weights"], wrapper.layer)), ("bias", constants["bias"])):
             stored = by_name[f"{name}/{role}"].data
             compared += expected.size
             if stored is not None and stored.shape == expected.shape:

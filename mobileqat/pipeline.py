@@ -139,6 +139,7 @@ def _float(run: Run) -> dict:
     # What cannot be quantized or trained on this data is reported now, before any time goes into training.
     quantize_model(model, recipe.quantize.scheme)
     _check_fits(model, data)
+    models.check_finite_weights(model)
     history = fit(
         model,
         data,

@@ -14,7 +14,7 @@ from mobileqat.graph import Graph, Node
 from mobileqat.rules import Output, get_rule
 from mobileqat.schemes import QuantSpec, Scheme
 
-# ReLU variants that a runtime operator applies itself, by the layer's max_value.
+# What a runtime operator calls the ReLU that it applies itself, by the layer's max_value.
 FUSED_ACTIVATIONS = {None: "RELU", 6.0: "RELU6"}
 
 
@@ -170,8 +170,7 @@ def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
             batch_norm = follower.path
             members.append(follower)
         if rule.fuses_activation and (follower := _only_consumer(graph, members[-1], "ReLU")):
-            # Any other upper bound is the end of the output's range, where the integers saturate.
-            fused = FUSED_ACTIVATIONS.get(follower.layer.max_value, "RELU")
+            fused = FUSED_ACTIVATIONS[follower.layer.max_value]
             activation = follower.path
             members.append(follower)
         paths = tuple(member.path for member in members)

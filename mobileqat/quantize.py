@@ -6,6 +6,7 @@ saved as the float model's configuration plus the options it was quantized with,
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -80,7 +81,7 @@ class QuantizedModel(keras.Model):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        float_model = keras.saving.deserialize_keras_object(config["float_model"], custom_objects=custom_objects)
+        float_model = _rebuild(config["float_model"], custom_objects)
         return quantize_model(float_model, **config["options"], name=config["name"])
 
 
@@ -126,7 +127,7 @@ def quantize_model(
     lowered = lower(graph, graph.inputs if pinned else ())
     plan = make_plan(lowered, scheme, tuple(exclude))
     quantized = _build(lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}")
-    quantized._float_config = keras.saving.serialize_keras_object(model)
+    quantized._float_config = _describe(model)
     quantized._options = {
         "scheme": scheme.name,
         "exclude": list(exclude),
@@ -135,6 +136,25 @@ def quantize_model(
     }
     quantized.plan = plan
     return quantized
+
+
+def _describe(model: keras.Model) -> str:
+    """A float model's configuration as JSON, the form in which the quantized model keeps and saves it.
+
+    Keras numbers shared objects by memory address; kept beyond the call that made them, such numbers would clash with
+    those of the file they end up in.
+    """
+
+    def without_numbers(value):
+        if isinstance(value, dict):
+            return {key: without_numbers(entry) for key, entry in value.items() if key != "shared_object_id"}
+        return [without_numbers(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(without_numbers(keras.saving.serialize_keras_object(model)))
+
+
+def _rebuild(description: str, custom_objects=None) -> keras.Model:
+    return keras.saving.deserialize_keras_object(json.loads(description), custom_objects=custom_objects)
 
 
 def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str) -> QuantizedModel:
@@ -291,7 +311,7 @@ def strip(model: QuantizedModel) -> keras.Model:
     """
     if not isinstance(model, QuantizedModel):
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'.")
-    float_model = keras.saving.deserialize_keras_object(model._float_config)
+    float_model = _rebuild(model._float_config)
     trained = {node: layer for wrapper in model.operators.values() for node, layer in _wrapped(wrapper)}
     for node in lower(graphs.read(float_model)).nodes:
         for source, variable in zip(node.sources, trained[node.path].weights if node.sources else (), strict=True):

@@ -128,6 +128,8 @@ RULES: dict[str, Rule] = {
     "UpSampling2D:bilinear": Rule("RESIZE_BILINEAR", Output.SHARED, refuse=_resize),
     "Requantize": Rule("QUANTIZE"),
     "ReLU": Rule("RELU", Output.SHARED, rounds=False, refuse=_relu),
+    "ReLU:6": Rule("RELU6", Output.SHARED, refuse=_relu),
+    "Clip": Rule("MINIMUM", Output.SHARED),
     "LeakyReLU": Rule("LEAKY_RELU"),
     "Softmax": Rule("SOFTMAX", Output.FIXED, fixed=(1 / 256, -128), refuse=_softmax),
     "Activation:sigmoid": Rule("LOGISTIC", Output.FIXED, fixed=(1 / 256, -128)),
@@ -146,6 +148,8 @@ def rule_key(layer) -> str:
     name = type(layer).__name__
     if name == "Activation":
         return f"{name}:{layer.activation.__name__}"
+    if name == "ReLU" and layer.max_value == 6:
+        return f"{name}:6"
     if name == "UpSampling2D":
         return f"{name}:{layer.interpolation}"
     return name

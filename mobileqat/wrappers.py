@@ -111,8 +111,8 @@ class QuantizeWrapper(keras.layers.Layer):
     def _infer(self, inputs):
         if not self.rule.rounds:
             return tf.cast(self.layer(inputs if len(inputs) > 1 else inputs[0]), tf.float32)
-        grids = [self._grid(quantizer) for quantizer in self.input_quantizers]
-        output = self._grid(self.output_quantizer)
+        grids = [self.grid(quantizer) for quantizer in self.input_quantizers]
+        output = self.grid(self.output_quantizer)
         if self.weight_spec is not None:
             return self._infer_weighted(inputs[0], grids[0], output)
         integers = [grid.integers(x) for grid, x in zip(grids, inputs, strict=True)]
@@ -137,7 +137,8 @@ class QuantizeWrapper(keras.layers.Layer):
         clipped = tf.clip_by_value(accumulators * (grid.scale * scales), output.real(low), output.real(high))
         return straight_through(output.real(integers), clipped)
 
-    def _grid(self, quantizer: FakeQuantize) -> Grid:
+    def grid(self, quantizer: FakeQuantize) -> Grid:
+        """A tensor's grid, for `kernels`."""
         scale, zero_point = quantizer.parameters()
         return Grid(scale, zero_point, quantizer.spec.qmin, quantizer.spec.qmax)
 

@@ -27,8 +27,8 @@ from mobileqat.models import load_model
 from mobileqat.recipe import load_recipe, parse_recipe
 
 SMALL = (
-    "model.args={filters: 16, blocks: 2}",
-    "float.epochs=6",
+    "model.args={filters: 32, blocks: 2}",
+    "float.epochs=12",
     "float.batch_size=32",
     "qat.epochs=2",
     "qat.batch_size=32",
@@ -68,7 +68,9 @@ def small_run(tmp_path_factory):
 
 def modified(directory: Path) -> dict[str, int]:
     patterns = ("*.tflite", "models/*", "outputs/*", "steps/*")
-    return {str(p.relative_to(directory)): p.stat().st_mtime_ns for pattern in patterns for p in directory.glob(pattern)}
+    return {
+        str(p.relative_to(directory)): p.stat().st_mtime_ns for pattern in patterns for p in directory.glob(pattern)
+    }
 
 
 def interpreter_accuracy(file: Path, x: np.ndarray, labels: np.ndarray) -> float:
@@ -119,7 +121,7 @@ def test_every_artefact_is_there(small_run):
 
 def test_the_report_is_what_was_returned(small_run):
     directory, results = small_run
-    assert json.loads((directory / "report.json").read_text()) == json.loads(json.dumps(results))
+    assert (directory / "report.json").read_text() == json.dumps(results, indent=1) + "\n"
     assert list(results["variants"]) == list(VARIANTS)
     assert [step["name"] for step in results["steps"]] == list(pipeline.STEPS)
     assert {step["status"] for step in results["steps"]} == {"done"}
@@ -171,9 +173,9 @@ def test_simulation_and_interpreter_agree(small_run):
 def test_the_network_has_learned(small_run):
     _, results = small_run
     accuracies = {name: row["accuracy"]["interpreter"] for name, row in results["variants"].items()}
-    assert accuracies["float"] > 0.85
+    assert accuracies["float"] > 0.9
     assert min(accuracies["ptq"], accuracies["qat"]) > accuracies["float"] - 0.05
-    assert [len(results["training"][name]["epochs"]) for name in ("float", "qat")] == [6, 2]
+    assert [len(results["training"][name]["epochs"]) for name in ("float", "qat")] == [12, 2]
 
 
 def test_the_resolved_recipe_and_the_versions_are_kept(small_run):
@@ -202,8 +204,8 @@ def test_resume_of_a_finished_run_does_nothing_again(small_run, tmp_path):
     results = pipeline.train(load_recipe("digits_dscnn_w8a8", SMALL), directory, resume=True, display=display)
     assert set(display.ended.values()) == {"resumed"}
     assert modified(directory) == before
-    assert results["variants"] == small_run[1]["variants"]
-    assert results["verdict"] == small_run[1]["verdict"]
+    for part in ("variants", "verdict", "training", "plan"):
+        assert json.dumps(results[part]) == json.dumps(small_run[1][part])
 
 
 def test_resume_redoes_the_steps_whose_files_are_gone(small_run, tmp_path):
@@ -404,17 +406,12 @@ def test_a_disk_that_fills_up_leaves_what_came_before(tmp_path, monkeypatch):
 
 
 def test_a_failed_check_is_reported_after_everything_ran_and_tried_again(tmp_path):
-    # No file can have more than all of its outputs identical; a random network's softmax is not sure enough of that.
     recipe, directory = tiny("qat.enabled=false"), tmp_path / "run"
     pipeline.train(recipe, directory)
     content = (directory / "ptq.tflite").read_bytes()
-
-    def changed_file(variant):
-        return load_model(directory / "models" / "ptq.keras")
-
-    model = changed_file("ptq")
-    weights = [w + 0.05 if w.ndim == 2 else w for w in model.get_weights()]
-    model.set_weights(weights)
+    model = load_model(directory / "models" / "ptq.keras")
+    kernel = next(weight for weight in model.weights if weight.path.endswith("kernel"))
+    kernel.assign(np.flip(kernel.numpy(), axis=1))
     model.save(directory / "models" / "ptq.keras")
     (directory / "steps" / "parity.json").unlink()
     display = Recorder()

@@ -1,0 +1,170 @@
+"""Which way imports point, and that a light import stays light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mobileqat
+
+PACKAGE = Path(mobileqat.__file__).parent
+HEAVY = {"tensorflow", "keras", "tf_keras", "ai_edge_litert", "matplotlib", "sklearn"}
+
+# What each core module may import of the package, directly or not: the arrows of the design.
+MAY_IMPORT = {
+    "errors": set(),
+    "schemes": {"errors"},
+    "numerics": {"schemes", "errors"},
+    "rules": set(),
+    "graph": {"errors"},
+    "lowering": {"errors", "graph", "rules"},
+    "plan": {"errors", "graph", "rules", "schemes"},
+    "fakequant": {"errors", "numerics", "schemes"},
+    "kernels": {"errors", "fakequant", "numerics", "schemes"},
+    "wrappers": {"errors", "fakequant", "kernels", "numerics", "plan", "rules", "schemes", "graph"},
+    "flatbuffer": {"errors"},
+    "runtime": {"errors", "flatbuffer", "numerics", "schemes"},
+    "evaluate": {"errors"},
+    "recipe": {"errors"},
+    "models": {"errors", "quantize"},
+    "rundir": {"errors"},
+}
+
+
+def modules():
+    """Every module of the package: dotted name below `mobileqat` -> path."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in PACKAGE.rglob("*.py")
+        if path != PACKAGE / "__init__.py"
+    }
+
+
+def imports(path, everywhere=True):
+    """Dotted names that a module imports; only at its top level unless `everywhere`."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    if everywhere:
+        nodes = list(ast.walk(tree))
+    else:  # a module's own statements, not those inside functions or `if TYPE_CHECKING`
+        nodes = tree.body
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def inside(names):
+    """The parts of the package among imported names: 'mobileqat.data.npz' -> 'data'."""
+    known = {name.split(".")[0] for name in modules()}
+    parts = {name.split(".")[1] for name in names if name.startswith("mobileqat.")}
+    return parts & known
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_arrows(name):
+    assert inside(imports(modules()[name])) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", ["quantize", "calibrate", "convert", "parity", "train"])
+def test_the_core_does_not_know_the_program(name):
+    assert not inside(imports(modules()[name])) & {"pipeline", "cli", "console", "report", "bench", "rundir"}
+
+
+@pytest.mark.parametrize("name", [name for name in modules() if name.split(".")[0] in ("bench", "report", "recipe")])
+def test_results_and_recipes_never_import_keras(name):
+    found = {imported.split(".")[0] for imported in imports(modules()[name])}
+    assert not found & {"keras", "tensorflow", "tf_keras"}
+    assert not inside(imports(modules()[name])) & {"quantize", "models", "train", "convert", "calibrate"}
+
+
+def test_only_the_command_line_knows_the_pipeline():
+    importers = {name for name, path in modules().items() if "pipeline" in inside(imports(path))}
+    assert importers <= {"cli", "__main__"}
+
+
+def test_only_the_program_knows_the_command_line():
+    assert {name for name, path in modules().items() if "cli" in inside(imports(path))} <= {"__main__"}
+
+
+def test_command_line_imports_little():
+    at_top = imports(modules()["cli"], everywhere=False)
+    assert inside(at_top) <= {"recipe", "pipeline", "errors", "rundir"}
+    assert not {name.split(".")[0] for name in at_top} & HEAVY
+
+
+def test_no_cycles():
+    graph = {name: inside(imports(path, everywhere=False)) - {name} for name, path in modules().items()}
+    order = []
+    while graph:
+        free = [name for name, needed in graph.items() if not needed & set(graph)]
+        assert free, f"these import each other: {sorted(graph)}"
+        order += free
+        graph = {name: needed for name, needed in graph.items() if name not in free}
+    assert len(order) == len(modules())
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+HEAVY_MODULES = f"import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import mobileqat",
+        "import mobileqat.cli",
+        "import mobileqat.recipe",
+        "import mobileqat.numerics, mobileqat.flatbuffer, mobileqat.runtime, mobileqat.evaluate",
+        "from mobileqat import inspect, MobileQatError",
+        "import mobileqat.models",
+    ],
+)
+def test_light_imports(statement):
+    result = run(f"{statement}; {HEAVY_MODULES}")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["train", "--help"], ["--version"]])
+def test_light_commands(arguments):
+    code = (
+        f"from mobileqat.cli import main\ntry:\n    main({arguments!r})\n"
+        f"except SystemExit as end:\n    assert not end.code\n{HEAVY_MODULES}"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_public_names():
+    assert mobileqat.__all__ == sorted(mobileqat.__all__)
+    assert dir(mobileqat) == mobileqat.__all__
+    assert all(getattr(mobileqat, name).__name__ == name for name in mobileqat.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'quantise_model'"):
+        mobileqat.quantise_model  # noqa: B018
+
+
+def test_the_interface_of_the_quick_start():
+    wanted = {
+        "quantize_model", "quantize_annotate_layer", "quantize_annotate_model", "quantize_apply", "calibrate", "convert",
+        "inspect", "verify", "strip",
+    }  # fmt: skip
+    assert wanted <= set(mobileqat.__all__)
+
+
+@pytest.mark.parametrize("name", ["calibrate", "convert", "inspect"])
+def test_functions_are_not_hidden_by_modules_of_their_name(name):
+    result = run(f"import mobileqat, mobileqat.{'flatbuffer' if name == 'inspect' else name}\nprint(callable(mobileqat.{name}))")
+    assert result.stdout.strip() == "True", result.stderr
+
+
+def test_no_helper_modules():
+    assert not [name for name in modules() if "util" in name or "helper" in name]

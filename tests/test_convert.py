@@ -1,0 +1,216 @@
+"""The written file: interface types, batch sizes, names, alignment, and what stops a conversion."""
+
+import keras
+import numpy as np
+import pytest
+from contract import give_trained_weights, sequential
+from keras import layers as L
+
+from mobileqat import flatbuffer
+from mobileqat.calibrate import calibrate
+from mobileqat.convert import check_ranges, convert, convert_float
+from mobileqat.errors import CalibrationError, MobileQatError, ModelError
+from mobileqat.flatbuffer import inspect
+from mobileqat.parity import verify
+from mobileqat.quantize import quantize_model
+from mobileqat.runtime import Session
+
+X = np.random.default_rng(0).uniform(-1, 1, (10, 8, 8, 3)).astype(np.float32)
+
+
+def small_model():
+    model = sequential(
+        L.Conv2D(4, 3, activation="relu", name="conv"), L.MaxPooling2D(name="pool"), L.Flatten(name="flat"),
+        L.Dense(3, activation="softmax", name="head"), shape=(8, 8, 3),
+    )  # fmt: skip
+    give_trained_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    keras.utils.set_random_seed(0)
+    result = quantize_model(small_model())
+    calibrate(result, X)
+    return result
+
+
+def test_one_operator_of_the_plan_is_one_of_the_file(quantized):
+    file = flatbuffer.read(convert(quantized))
+    assert [op.name for op in file.operators] == [op.kind for op in quantized.plan.operators]
+    names = [file.tensors[op.outputs[0]].name for op in file.operators]
+    assert names == [op.output for op in quantized.plan.operators]
+
+
+def test_constants_are_the_simulations(quantized):
+    tensors = {tensor.name: tensor for tensor in flatbuffer.read(convert(quantized)).tensors}
+    constants = quantized.operators["conv"].constants()
+    kernel, bias = tensors["conv/kernel"], tensors["conv/bias"]
+    np.testing.assert_array_equal(kernel.data, constants["weights"].transpose(3, 0, 1, 2))
+    np.testing.assert_array_equal(kernel.scales, constants["scales"])
+    np.testing.assert_array_equal(bias.data, constants["bias"])
+    assert kernel.quantized_axis == 0 and (kernel.dtype, bias.dtype) == ("int8", "int32")
+    input_scale = tensors["x"].scales[0]
+    np.testing.assert_array_equal(bias.scales, input_scale * constants["scales"])
+
+
+def test_same_bytes_every_time(quantized):
+    assert convert(quantized) == convert(quantized)
+
+
+def test_constants_are_aligned(quantized):
+    """XNNPACK reads buffers in place and needs them at multiples of 16."""
+    content = convert(quantized)
+    for tensor in flatbuffer.read(content).tensors:
+        if tensor.is_constant:
+            assert content.find(tensor.data.tobytes()) % 16 == 0
+
+
+def test_signature(quantized):
+    file = flatbuffer.read(convert(quantized))
+    signature = file.signatures["serving_default"]
+    assert {name: file.tensors[index].name for name, index in signature["inputs"].items()} == {"x": "x"}
+    assert list(signature["outputs"]) == ["head/softmax"]
+
+
+TYPES = ("int8", "uint8", "float32")
+
+
+@pytest.mark.parametrize("output_type", TYPES)
+@pytest.mark.parametrize("input_type", TYPES)
+def test_interface_types(quantized, input_type, output_type):
+    content = convert(quantized, input_type=input_type, output_type=output_type)
+    session = Session(content)
+    assert (session.inputs[0].dtype, session.outputs[0].dtype) == (input_type, output_type)
+    np.testing.assert_allclose(session.dequantize(session.predict(X)), quantized(X), atol=1e-6)
+    inspection = inspect(content)
+    assert inspection.islands == (), inspection.problems
+    assert inspection.fully_integer or "float32" in (input_type, output_type)
+    parity = verify(quantized, content, X)
+    assert parity.passed, parity.problems
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_batch_size_is_static(quantized, batch_size):
+    content = convert(quantized, batch_size=batch_size)
+    session = Session(content)
+    assert session.inputs[0].shape == (batch_size, 8, 8, 3) and session.outputs[0].shape == (batch_size, 3)
+    np.testing.assert_allclose(session.dequantize(session.predict(X)), quantized(X), atol=1e-6)
+    assert inspect(content).fully_integer
+    assert verify(quantized, content, X).passed
+
+
+@pytest.mark.parametrize("runtime", ["litert-builtin", "litert-reference", "tf-lite"])
+def test_every_kernel_set_takes_the_file(quantized, runtime):
+    """Kernels of another rounding may differ by one LSB per operator."""
+    session = Session(convert(quantized), runtime)
+    difference = np.abs(session.dequantize(session.predict(X)) - np.asarray(quantized(X)))
+    assert difference.max() <= 3 / 256
+
+
+def test_inputs_and_outputs_by_name():
+    x, y = keras.Input((4, 4, 2), name="left"), keras.Input((4, 4, 2), name="right")
+    a = L.Conv2D(2, 1, name="a")(x)
+    quantized = quantize_model(keras.Model([x, y], [L.Add(name="sum")([a, y]), a]))
+    left, right = X[:, :4, :4, :2], X[:, 4:, 4:, 1:]
+    calibrate(quantized, [left, right])
+    content = convert(quantized, input_type="float32", output_type="float32")
+    outputs = Session(content).predict({"right": right, "left": left})
+    for got, expected in zip(outputs, quantized([left, right]), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+    assert list(flatbuffer.read(content).signatures["serving_default"]["outputs"]) == ["sum", "a"]
+
+
+def test_an_input_that_is_an_output():
+    x = keras.Input((4, 4, 2), name="x")
+    quantized = quantize_model(keras.Model(x, [L.Conv2D(2, 1, name="a")(x), x]))
+    calibrate(quantized, X[:, :4, :4, :2])
+    session = Session(convert(quantized))
+    outputs = session.dequantize(session.predict(X[:, :4, :4, :2]))
+    for got, expected in zip(outputs, quantized(X[:, :4, :4, :2]), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+# --- what stops a conversion
+
+
+@pytest.mark.parametrize("options", [{"input_type": "int16"}, {"output_type": "int4"}, {"input_type": None}])
+def test_unknown_types(quantized, options):
+    with pytest.raises(MobileQatError, match=next(iter(options))):
+        convert(quantized, **options)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5, None])
+def test_batch_size_is_a_positive_integer(quantized, batch_size):
+    with pytest.raises(MobileQatError, match="batch_size"):
+        convert(quantized, batch_size=batch_size)
+
+
+def test_float_model():
+    with pytest.raises(ModelError, match="convert_float"):
+        convert(small_model())
+
+
+def test_never_calibrated():
+    with pytest.raises(CalibrationError, match="never moved: x, .*calibrate"):
+        convert(quantize_model(small_model()))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_broken_weights(value):
+    quantized = quantize_model(small_model())
+    calibrate(quantized, X)
+    quantized.operators["conv"].layer.bias.assign([0, value, 0, 0])
+    with pytest.raises(ModelError, match="NaN or infinite.*bias"):
+        convert(quantized)
+
+
+def test_broken_ranges():
+    quantized = quantize_model(small_model())
+    calibrate(quantized, X)
+    quantized.quantizers["head"].set_range("head", -1, np.inf)
+    with pytest.raises((CalibrationError, ModelError), match=r"head|range_head"):
+        convert(quantized)
+
+
+def test_collapsed_range():
+    quantized = quantize_model(small_model())
+    calibrate(quantized, np.zeros_like(X))
+    with pytest.raises(CalibrationError, match="'x' has collapsed to zero"):
+        check_ranges(quantized)
+
+
+def test_range_too_small_for_a_scale():
+    """Below the smallest scale a grid no longer fits its range: the same fault as a collapsed one."""
+    quantized = quantize_model(small_model())
+    calibrate(quantized, X)
+    quantized.quantizers["head"].set_range("head", 0, 1e-12)
+    with pytest.raises(CalibrationError, match="'head'"):
+        convert(quantized)
+
+
+def test_requantization_that_the_delegate_refuses():
+    """XNNPACK takes no ratio of scales of 256 or more; the file would not load on a phone."""
+    quantized = quantize_model(small_model())
+    calibrate(quantized, X)
+    quantized.quantizers["conv/relu"].set_range("conv/relu", 0, 1e-7)
+    try:
+        content = convert(quantized)
+    except MobileQatError:
+        return
+    Session(content).predict(X)
+
+
+def test_float_file(quantized):
+    model = small_model()
+    session = Session(convert_float(model))
+    assert session.inputs[0].dtype == "float32" and session.batch_size == 1
+    np.testing.assert_allclose(session.predict(X), model(X), atol=1e-5)
+    assert "SHAPE" not in inspect(convert_float(model)).operator_counts
+
+
+def test_float_file_of_nan_weights():
+    model = small_model()
+    model.get_layer("conv").bias.assign([np.nan, 0, 0, 0])
+    with pytest.raises(ModelError, match="NaN"):
+        convert_float(model)

@@ -1,0 +1,261 @@
+"""Training on a corner of the digits: it learns, its schedule keeps its word, and it stops where it must."""
+
+import keras
+import numpy as np
+import pytest
+from contract import sequential
+from keras import layers as L
+from sklearn.datasets import load_digits
+
+from mobileqat.calibrate import calibrate
+from mobileqat.data import build_dataset
+from mobileqat.errors import TrainingError
+from mobileqat.quantize import quantize_model
+from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.train import fit, freeze, gives_probabilities, make_optimizer, training_batches
+
+
+def make_dataset(count=200):
+    digits = load_digits()
+    images, labels = digits.images[..., None].astype(np.float32), digits.target
+    chosen = labels < 4
+    images, labels = images[chosen], labels[chosen]
+    arrays = {
+        "x_train": images[:count], "y_train": labels[:count], "x_test": images[-100:], "y_test": labels[-100:],
+    }  # fmt: skip
+    return build_dataset("digits", arrays, validation_fraction=0.2, seed=0)
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return make_dataset()
+
+
+def float_model(last="softmax"):
+    keras.utils.set_random_seed(0)
+    return sequential(
+        L.BatchNormalization(), L.Conv2D(8, 3, activation="relu"), L.BatchNormalization(), L.GlobalAveragePooling2D(),
+        L.Dropout(0.1), L.Dense(4, activation=last), shape=(8, 8, 1),
+    )  # fmt: skip
+
+
+def quantized_model(dataset, **options):
+    quantized = quantize_model(float_model(), **options)
+    calibrate(quantized, dataset.train.x)
+    return quantized
+
+
+def test_float_training_learns(dataset):
+    history = fit(float_model(), dataset, Training(epochs=3, learning_rate=0.02, batch_size=16))
+    assert [row["epoch"] for row in history.epochs] == [1, 2, 3]
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    assert set(history.epochs[0]) == {
+        "epoch", "loss", "accuracy", "val_loss", "val_accuracy", "learning_rate", "seconds",
+    }  # fmt: skip
+
+
+def test_qat_learns(dataset):
+    quantized = quantized_model(dataset)
+    history = fit(quantized, dataset, QatTraining(epochs=3, learning_rate=0.02, batch_size=16))
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    assert 0 <= history.initial_val_accuracy <= 1
+    assert max(row["val_accuracy"] for row in history.epochs) >= history.initial_val_accuracy
+
+
+def test_same_seed_same_weights(dataset):
+    results = []
+    for seed in (3, 3, 4):
+        model = float_model()
+        fit(model, dataset, Training(epochs=1), seed=seed, augment=Augment(flip=True, shift=1))
+        results.append(model.get_weights())
+    assert all(np.array_equal(a, b) for a, b in zip(results[0], results[1], strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(results[0], results[2], strict=True))
+
+
+class Watch(keras.callbacks.Callback):
+    """Ranges and BatchNormalization statistics at the end of each epoch."""
+
+    def __init__(self, quantized):
+        super().__init__()
+        self.quantized = quantized
+        self.ranges, self.statistics = [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.ranges.append([quantizer.ranges() for quantizer in self.quantized.quantizers.values()])
+        self.statistics.append([v.numpy() for v in self.quantized.non_trainable_variables if "moving" in v.path])
+
+
+def changes(states):
+    return [
+        any(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+        for before, after in zip(states, states[1:], strict=False)
+    ]
+
+
+@pytest.mark.parametrize("observers, batch_norm", [(0.5, 0.75), (0.75, 0.25), (1.0, 1.0)])
+def test_schedule(dataset, observers, batch_norm):
+    """Of four epochs, those after the given share leave ranges or statistics exactly as they are."""
+    quantized = quantized_model(dataset)
+    watch = Watch(quantized)
+    settings = QatTraining(
+        epochs=4, keep_best=False, freeze_observers_after=observers, freeze_batch_norm_after=batch_norm
+    )
+    fit(quantized, dataset, settings, callbacks=[watch])
+    assert changes(watch.ranges) == [epoch < 4 * observers for epoch in (1, 2, 3)]
+    assert changes(watch.statistics) == [epoch < 4 * batch_norm for epoch in (1, 2, 3)]
+    assert all(quantizer.observing for quantizer in quantized.quantizers.values()), "free again afterwards"
+
+
+def test_freeze_from_the_start(dataset):
+    quantized = quantized_model(dataset)
+    ranges = [quantizer.ranges() for quantizer in quantized.quantizers.values()]
+    fit(quantized, dataset, QatTraining(epochs=1, freeze_observers_after=0.0, freeze_batch_norm_after=0.0))
+    for before, quantizer in zip(ranges, quantized.quantizers.values(), strict=True):
+        np.testing.assert_array_equal(quantizer.ranges(), before)
+
+
+def test_freeze_tells_whether_anything_changed(dataset):
+    quantized = quantized_model(dataset)
+    assert not freeze(quantized, observers=False, batch_norm=False)
+    assert freeze(quantized, observers=True, batch_norm=False)
+    assert not freeze(quantized, observers=True, batch_norm=False)
+
+
+class Spoil(keras.callbacks.Callback):
+    """Ruins the weights after the first epoch, before validation sees them."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.watched = model
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            for variable in self.watched.trainable_variables:
+                variable.assign(np.zeros(variable.shape))
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_keep_best(dataset, keep_best):
+    quantized = quantized_model(dataset)
+    fit(quantized, dataset, QatTraining(epochs=4, learning_rate=0.02, batch_size=16))
+    settings = QatTraining(epochs=2, learning_rate=1e-6, keep_best=keep_best)
+    history = fit(quantized, dataset, settings, callbacks=[Spoil(quantized)])
+    accuracy = np.mean(np.argmax(quantized(dataset.validation.x), 1) == dataset.validation.y)
+    accuracies = [history.initial_val_accuracy, *(row["val_accuracy"] for row in history.epochs)]
+    if keep_best:
+        assert history.best_epoch in (0, 1)
+        np.testing.assert_allclose(accuracy, max(accuracies), atol=1e-6)
+    else:
+        assert history.best_epoch is None
+        np.testing.assert_allclose(accuracy, accuracies[-1], atol=1e-6)
+
+
+def test_no_epochs_change_nothing(dataset):
+    for model, settings in (
+        (float_model(), Training(epochs=0)),
+        (quantized_model(dataset), QatTraining(epochs=0)),
+    ):
+        before = model.get_weights()
+        assert fit(model, dataset, settings).epochs == []
+        for a, b in zip(model.get_weights(), before, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_distillation(dataset):
+    teacher = float_model(last=None)
+    fit(teacher, dataset, Training(epochs=2, learning_rate=0.02))
+    quantized, weights = quantized_model(dataset), teacher.get_weights()
+    history = fit(
+        quantized, dataset, QatTraining(epochs=2, distillation=1.0, learning_rate=0.02, batch_size=16), teacher=teacher
+    )
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    for before, after in zip(weights, teacher.get_weights(), strict=True):
+        np.testing.assert_array_equal(after, before)
+    assert teacher.trainable, "the caller's teacher is left as it was"
+
+
+def test_distillation_from_itself_has_no_divergence(dataset):
+    """A student equal to its teacher has nothing to learn from it."""
+    model = float_model()
+    same = keras.models.clone_model(model)
+    same.set_weights(model.get_weights())
+    from mobileqat.train import Distillation
+
+    distilled = Distillation(model, same, weight=1.0, temperature=3.0)
+    distilled.compile(loss="categorical_crossentropy")
+    x, y = dataset.train.x[:8], np.eye(4, dtype=np.float32)[dataset.train.y[:8]]
+    loss = distilled.compute_loss(x, y, model(x), None, True)
+    np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["float", "qat", "qat without keep_best", "distilled"])
+def test_divergence_is_an_error(dataset, kind):
+    """The model keeps finite weights, and a quantized one is ready to be trained again."""
+    if kind == "float":
+        model, settings = float_model(), Training(epochs=2, learning_rate=1e30, optimizer="sgd")
+    else:
+        model = quantized_model(dataset)
+        settings = QatTraining(
+            epochs=2, learning_rate=1e30, optimizer="sgd", keep_best="without" not in kind, freeze_observers_after=0.0,
+            distillation=0.5 if kind == "distilled" else 0.0,
+        )  # fmt: skip
+    with pytest.raises(TrainingError, match=r"became (nan|inf).*Lower the learning rate"):
+        fit(model, dataset, settings, teacher=float_model() if kind == "distilled" else None)
+    assert all(np.isfinite(value).all() for value in model.get_weights())
+    if kind != "float":
+        assert all(quantizer.observing for quantizer in model.quantizers.values())
+
+
+@pytest.mark.parametrize(
+    "layers, expected",
+    [
+        ((lambda: L.Dense(4, activation="softmax"),), True),
+        ((lambda: L.Dense(4), lambda: L.Softmax()), True),
+        ((lambda: L.Dense(4), lambda: L.Activation("softmax")), True),
+        ((lambda: L.Dense(4),), False),
+        ((lambda: L.Dense(4, activation="relu"),), False),
+        ((lambda: L.Dense(4, activation="softmax"), lambda: L.Reshape((4,))), True),
+        ((lambda: L.Dense(4, activation="softmax"), lambda: L.Dropout(0.0)), True),
+    ],
+)
+def test_probabilities_or_logits(layers, expected):
+    """The float model and its quantized twin must give one answer: their loss depends on it."""
+    model = sequential(L.Flatten(), *(layer() for layer in layers))
+    assert gives_probabilities(quantize_model(model)) == expected
+    assert gives_probabilities(model) == expected
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("cosine", 0), ("cosine", 1)])
+def test_optimizers(optimizer, schedule, warmup):
+    settings = Training(epochs=4, optimizer=optimizer, schedule=schedule, warmup_epochs=warmup, weight_decay=0.01)
+    made = make_optimizer(settings, steps_per_epoch=10)
+    assert type(made).__name__.lower() == optimizer and made.weight_decay == 0.01
+    rate = made._learning_rate
+    if schedule == "cosine":
+        rates = [float(rate(step)) for step in (0, 10, 40)]
+        np.testing.assert_allclose(rates[::2], [0 if warmup else 1e-3, 0], atol=1e-9)
+        np.testing.assert_allclose(rates[1], 1e-3 if warmup else 1e-3 * 0.853553, rtol=1e-4)
+
+
+def test_constant_rate_warms_up_too():
+    """Either the warm-up of a constant schedule happens, or asking for it is an error."""
+    settings = Training(epochs=4, schedule="constant", warmup_epochs=1)
+    rate = make_optimizer(settings, steps_per_epoch=10)._learning_rate
+    assert callable(rate) and float(rate(0)) < 1e-4 and abs(float(rate(20)) - 1e-3) < 1e-9
+
+
+def test_training_batches(dataset):
+    x, y = next(iter(training_batches(dataset, 16, None, seed=0)))
+    assert x.shape == (16, 8, 8, 1) and y.shape == (16, 4) and x.dtype == y.dtype == "float32"
+    again, _ = next(iter(training_batches(dataset, 16, None, seed=0)))
+    np.testing.assert_array_equal(x, again)
+    batches = training_batches(dataset, 16, None, seed=0)
+    first, second = (np.concatenate([x for x, _ in batches]) for _ in range(2))
+    assert np.any(first != second), "every epoch is shuffled anew"
+    assert len(first) == len(dataset.train.x)
+
+
+def test_tensorboard(dataset, tmp_path):
+    fit(float_model(), dataset, Training(epochs=1), log_dir=tmp_path)
+    assert list(tmp_path.rglob("events*"))
