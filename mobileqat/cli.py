@@ -404,6 +404,8 @@ def bench(files, runs, warmup, cpu, runtime, threads, as_json) -> None:
     """
     from mobileqat.bench import host
 
+    if len(set(files)) < len(files):
+        raise click.UsageError("The same file is given twice.")
     settings = {"runtime": runtime, "threads": threads, "warmup": warmup, "runs": runs, "cpu": cpu}
     comparison = host.compare({str(file): file for file in files}, **settings)
     if as_json:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import keras
 
-from mobileqat.errors import ModelError, UnsupportedModelError
+from mobileqat.errors import ModelError
 
 
 @dataclass(frozen=True)
 class Node:
-    """One call of one layer; `path` also names its output tensor.
+    """One call of one layer or Keras operator; `path` also names its output tensor.
 
     `sources` are the variables of the caller's model that `layer.weights` were copied from, in order: empty for
     nodes read from a model, filled by lowering.
@@ -30,13 +30,17 @@ class Node:
 
 @dataclass(frozen=True)
 class Graph:
-    """Nodes in execution order, and the names of the tensors that enter and leave."""
+    """Nodes in execution order, and the names of the tensors that enter and leave.
+
+    `problems` are what reading found that cannot be quantized; lowering reports them together with its own.
+    """
 
     name: str
     inputs: tuple[str, ...]
     nodes: tuple[Node, ...]
     outputs: tuple[str, ...]
     tensors: dict[str, keras.KerasTensor]
+    problems: tuple[str, ...] = ()
 
     def consumers(self, tensor: str) -> list[Node]:
         return [node for node in self.nodes if tensor in node.inputs]
@@ -47,7 +51,6 @@ def read(model: keras.Model) -> Graph:
 
     Raises:
         ModelError: the model is not built, is not a graph of layers, or has an input without a fixed shape.
-        UnsupportedModelError: Keras operators or layers with several outputs; all of them are listed.
     """
     functional = _functional(model)
     reader = _Reader()
@@ -62,8 +65,7 @@ def read(model: keras.Model) -> Graph:
             )
         inputs.append(reader.add_input(name, tensor))
     outputs = reader.inline(functional, "", inputs)
-    reader.refuse_problems(model.name)
-    return Graph(model.name, tuple(inputs), tuple(reader.nodes), tuple(outputs), reader.tensors)
+    return Graph(model.name, tuple(inputs), tuple(reader.nodes), tuple(outputs), reader.tensors, tuple(reader.problems))
 
 
 def _functional(model):
@@ -114,31 +116,14 @@ class _Reader:
         if isinstance(operation, keras.Model):
             return self.inline(_functional(operation), path + "/", arguments)
         path = self._unique(path)
-        if not isinstance(operation, keras.layers.Layer):
-            self.problems.append(
-                f"{path}: Keras operator {type(operation).__name__}; use the matching layer, for instance "
-                "keras.layers.Add for x + y"
-            )
-        elif len(results) != 1:
-            self.problems.append(f"{path}: {type(operation).__name__} with {len(results)} outputs")
-        else:
-            self.nodes.append(Node(path, operation, tuple(arguments)))
-        for index, tensor in enumerate(results):
-            self.tensors[path if index == 0 else f"{path}#{index}"] = tensor
-        return [path if index == 0 else f"{path}#{index}" for index in range(len(results))]
+        self.nodes.append(Node(path, operation, tuple(arguments)))
+        names = [path, *(f"{path}#{index}" for index in range(1, len(results)))]
+        self.tensors.update(zip(names, results, strict=True))
+        if len(results) > 1:
+            self.problems.append(f"{path} ({type(operation).__name__}): a layer with {len(results)} outputs")
+        return names
 
     def _unique(self, path: str) -> str:
         if path not in self.tensors:
             return path
         return next(f"{path}@{k}" for k in range(2, 1 << 20) if f"{path}@{k}" not in self.tensors)
-
-    def refuse_problems(self, model_name: str) -> None:
-        if self.problems:
-            raise UnsupportedModelError(unsupported_message(model_name, self.problems))
-
-
-def unsupported_message(model_name: str, problems: list[str]) -> str:
-    """One message for everything in a model that cannot be quantized."""
-    lines = "\n".join(f"  - {problem}" for problem in problems)
-    count = f"{len(problems)} place{'s' if len(problems) > 1 else ''}"
-    return f"Model '{model_name}' cannot be quantized as it is; {count} to change:\n{lines}"

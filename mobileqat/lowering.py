@@ -15,8 +15,8 @@ import keras
 import numpy as np
 
 from mobileqat.errors import UnsupportedModelError
-from mobileqat.graph import Graph, Node, unsupported_message
-from mobileqat.rules import RULES, Output, find_rule, rule_key
+from mobileqat.graph import Graph, Node
+from mobileqat.rules import RULES, Output, class_name, find_rule, rule_key
 
 
 @keras.saving.register_keras_serializable("mobileqat")
@@ -59,13 +59,28 @@ def lower(graph: Graph, pinned_inputs: tuple[str, ...] = ()) -> Graph:
     for node in graph.nodes:
         lowerer.lower(node)
     if lowerer.problems:
-        raise UnsupportedModelError(unsupported_message(graph.name, lowerer.problems))
+        raise UnsupportedModelError(_message(graph.name, lowerer.problems))
     return Graph(
         graph.name,
         graph.inputs,
         tuple(lowerer.nodes),
         tuple(lowerer.alias[name] for name in graph.outputs),
         lowerer.tensors,
+    )
+
+
+def _message(model_name: str, problems: list[str]) -> str:
+    """One message for everything in a model that cannot be quantized."""
+    count = f"{len(problems)} place{'s' if len(problems) > 1 else ''}"
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    keys = (RULES.keys() | _LOWERINGS.keys()) - {"Clip", "Requantize"}
+    layers = sorted({key.partition(":")[0] for key in keys if not key.startswith("ops.")})
+    activations = sorted(
+        {*_ACTIVATIONS, "linear", "silu", *(key[11:] for key in RULES if key.startswith("Activation:"))}
+    )
+    return (
+        f"Model '{model_name}' cannot be quantized as it is; {count} to change:\n{lines}\n"
+        f"Supported layers: {', '.join(layers)}. Supported activations: {', '.join(activations)}."
     )
 
 
@@ -77,16 +92,16 @@ class _Lowerer:
         self.pinned = set(pinned_inputs)
         self.nodes: list[Node] = []
         self.by_path: dict[str, Node] = {}
-        self.problems: list[str] = []
-        self.alias = {name: name for name in graph.inputs}
-        self.tensors = {
-            name: keras.KerasTensor(graph.tensors[name].shape, graph.tensors[name].dtype) for name in graph.inputs
-        }
+        self.problems = list(graph.problems)
+        # Inputs, and further outputs of layers that are refused anyway.
+        given = graph.tensors.keys() - {node.path for node in graph.nodes}
+        self.alias = {name: name for name in given}
+        self.tensors = {name: _placeholder(graph.tensors[name]) for name in given}
         self._copies: dict[tuple[int, str], keras.layers.Layer] = {}
 
     def lower(self, node: Node) -> None:
         inputs = tuple(self.alias[name] for name in node.inputs)
-        rewrite = _LOWERINGS.get(type(node.layer).__name__, _plain)
+        rewrite = _LOWERINGS.get(class_name(node.layer), _plain if find_rule(node.layer) else _unsupported)
         self.alias[node.path] = rewrite(self, node, inputs)
 
     def copy(self, layer, role: str = "", make: Callable | None = None, **overrides) -> keras.layers.Layer:
@@ -116,7 +131,7 @@ class _Lowerer:
 
     def _problem(self, layer, rule, shapes, inputs) -> str | None:
         if rule is None:
-            return f"no rule for {rule_key(layer)}; supported: {', '.join(sorted(RULES))}"
+            return f"no rule for {rule_key(layer)}"
         if type(layer).__name__ == "BatchNormalization" and self.folds_into(inputs[0]):
             return None
         return rule.refuse(layer, shapes) if rule.refuse else None
@@ -166,6 +181,10 @@ _ACTIVATIONS: dict[str, Callable[[], keras.layers.Layer]] = {
 }
 
 
+def _placeholder(tensor: keras.KerasTensor) -> keras.KerasTensor:
+    return keras.KerasTensor(tensor.shape, tensor.dtype)
+
+
 def _is_linear(function) -> bool:
     return function is None or function is keras.activations.linear
 
@@ -173,6 +192,15 @@ def _is_linear(function) -> bool:
 def _plain(lowerer: _Lowerer, node: Node, inputs) -> str:
     layer = lowerer.copy(node.layer)
     return lowerer.emit(node.path, layer, inputs, tuple(node.layer.weights))
+
+
+def _unsupported(lowerer: _Lowerer, node: Node, inputs) -> str:
+    """Notes a layer without a rule, unread and uncopied, and goes on: all problems are reported together."""
+    name = class_name(node.layer)
+    advice = "; use the matching layer instead of the operator" if name.startswith("ops.") else ""
+    lowerer.problems.append(f"{node.path} ({name}): no rule for {name}{advice}")
+    lowerer.tensors[node.path] = _placeholder(lowerer.graph.tensors[node.path])
+    return node.path
 
 
 def _with_activation(lowerer: _Lowerer, node: Node, inputs) -> str:
@@ -252,6 +280,14 @@ def _chain(lowerer: _Lowerer, node: Node, inputs) -> str:
     return tensor
 
 
+def _binary_operator(lowerer: _Lowerer, node: Node, inputs) -> str:
+    """`x + y` and `x * y` of two tensors; with a constant there is no rule yet."""
+    if len(inputs) != 2:
+        return _unsupported(lowerer, node, inputs)
+    layer = keras.layers.Add() if class_name(node.layer) == "ops.Add" else keras.layers.Multiply()
+    return lowerer.emit(node.path, layer, inputs)
+
+
 def _concatenate(lowerer: _Lowerer, node: Node, inputs) -> str:
     """All inputs share the output's parameters; one whose parameters are fixed is requantized first."""
     inputs = tuple(
@@ -312,6 +348,8 @@ _LOWERINGS: dict[str, Callable[[_Lowerer, Node, tuple[str, ...]], str]] = {
     "ReLU": _relu,
     "Add": _chain,
     "Multiply": _chain,
+    "ops.Add": _binary_operator,
+    "ops.Multiply": _binary_operator,
     "Concatenate": _concatenate,
     "Rescaling": _rescaling,
     "BatchNormalization": _batch_normalization,

@@ -143,9 +143,15 @@ RULES: dict[str, Rule] = {
 }
 
 
+def class_name(layer) -> str:
+    """A layer's class name; a Keras operator's is prefixed, "ops.Add", since layers have the same names."""
+    name = type(layer).__name__
+    return name if hasattr(layer, "weights") else f"ops.{name}"
+
+
 def rule_key(layer) -> str:
     """The table's key for a layer: its class name, with the function or mode that selects the operator."""
-    name = type(layer).__name__
+    name = class_name(layer)
     if name == "Activation":
         return f"{name}:{layer.activation.__name__}"
     if name == "ReLU" and layer.max_value == 6:

@@ -162,7 +162,9 @@ def test_the_interface_of_the_quick_start():
 
 @pytest.mark.parametrize("name", ["calibrate", "convert", "inspect"])
 def test_functions_are_not_hidden_by_modules_of_their_name(name):
-    result = run(f"import mobileqat, mobileqat.{'flatbuffer' if name == 'inspect' else name}\nprint(callable(mobileqat.{name}))")
+    result = run(
+        f"import mobileqat, mobileqat.{'flatbuffer' if name == 'inspect' else name}\nprint(callable(mobileqat.{name}))"
+    )
     assert result.stdout.strip() == "True", result.stderr
 
 

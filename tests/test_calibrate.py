@@ -80,9 +80,7 @@ def test_does_not_depend_on_earlier_ranges():
 
 
 def test_does_not_touch_weights_or_statistics():
-    quantized = quantize_model(
-        sequential(L.Conv2D(3, 3), L.BatchNormalization(), L.Dropout(0.5), shape=(6, 6, 2))
-    )
+    quantized = quantize_model(sequential(L.Conv2D(3, 3), L.BatchNormalization(), L.Dropout(0.5), shape=(6, 6, 2)))
     before = {v.path: v.numpy() for v in quantized.variables if "range_" not in v.path}
     calibrate(quantized, X)
     for variable in quantized.variables:

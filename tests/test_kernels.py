@@ -116,9 +116,7 @@ def test_requantization_rounds_ties_to_even():
     np.testing.assert_array_equal(result, [0, 2, 2, 0, -2, 127, -128])
 
 
-@pytest.mark.parametrize(
-    "activation, expected", [("NONE", (-128, 127)), ("RELU", (-60, 127)), ("RELU6", (-60, 60))]
-)
+@pytest.mark.parametrize("activation, expected", [("NONE", (-128, 127)), ("RELU", (-60, 127)), ("RELU6", (-60, 60))])
 def test_clamp_of_a_fused_activation(activation, expected):
     assert tuple(float(bound) for bound in grid(0.05, -60).clamp(activation)) == expected
 

@@ -111,8 +111,15 @@ SPACE = {
     "bilinear 3": lambda: sequential(L.UpSampling2D(3, interpolation="bilinear"), shape=(5, 4, 3)),
     "bilinear (2, 3)": lambda: sequential(L.UpSampling2D((2, 3), interpolation="bilinear"), shape=(5, 1, 3)),
     "dropouts": lambda: sequential(
-        L.Dropout(0.5), L.Conv2D(4, 3), L.SpatialDropout2D(0.3), L.ReLU(), L.GaussianDropout(0.2),
-        L.GaussianNoise(0.1), L.Identity(), L.Flatten(), L.Dense(4),
+        L.Dropout(0.5),
+        L.Conv2D(4, 3),
+        L.SpatialDropout2D(0.3),
+        L.ReLU(),
+        L.GaussianDropout(0.2),
+        L.GaussianNoise(0.1),
+        L.Identity(),
+        L.Flatten(),
+        L.Dense(4),
     ),  # fmt: skip
     "dropout at the end": lambda: sequential(L.Conv2D(4, 3), L.Dropout(0.5)),
     "nothing but dropout and a reshape": lambda: sequential(L.Dropout(0.5), L.Flatten()),

@@ -11,7 +11,7 @@ from mobileqat.models import MODELS, build_model, check_finite_weights, load_mod
 from mobileqat.quantize import quantize_model
 
 
-@pytest.mark.parametrize("name, layers, parameters", [("dscnn", 30, 7_274), ("resnet8", 33, 78_666)])
+@pytest.mark.parametrize("name, layers, parameters", [("dscnn", 25, 5_450), ("resnet8", 30, 78_666)])
 def test_reference_models(name, layers, parameters):
     model = build_model(name, (32, 32, 3) if name == "resnet8" else (8, 8, 1), 10)
     assert model.name == name and model.output_shape == (None, 10)

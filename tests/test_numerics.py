@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mobileqat.numerics import SMALLEST_SCALE, dequantize, quantization_parameters, quantize, round_half_away, weight_scales
+from mobileqat.numerics import (
+    SMALLEST_SCALE,
+    dequantize,
+    quantization_parameters,
+    quantize,
+    round_half_away,
+    weight_scales,
+)
 from mobileqat.schemes import QuantSpec
 
 INT8 = QuantSpec(8)
@@ -38,9 +45,7 @@ def test_grid_holds_the_range(bounds, spec):
 def test_round_trip_of_integers(bounds, spec, data):
     scale, zero_point = quantization_parameters(*bounds, spec)
     integers = data.draw(hnp.arrays(np.int32, 20, elements=st.integers(spec.qmin, spec.qmax)))
-    np.testing.assert_array_equal(
-        quantize(dequantize(integers, scale, zero_point), scale, zero_point, spec), integers
-    )
+    np.testing.assert_array_equal(quantize(dequantize(integers, scale, zero_point), scale, zero_point, spec), integers)
 
 
 @given(hnp.arrays(np.float32, 20, elements=REALS), SPECS)

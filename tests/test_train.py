@@ -12,7 +12,7 @@ from mobileqat.data import build_dataset
 from mobileqat.errors import TrainingError
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
-from mobileqat.train import fit, freeze, gives_probabilities, make_optimizer, training_batches
+from mobileqat.train import Distillation, fit, freeze, gives_probabilities, make_optimizer, training_batches
 
 
 def make_dataset(count=200):
@@ -34,7 +34,7 @@ def dataset():
 def float_model(last="softmax"):
     keras.utils.set_random_seed(0)
     return sequential(
-        L.BatchNormalization(), L.Conv2D(8, 3, activation="relu"), L.BatchNormalization(), L.GlobalAveragePooling2D(),
+        L.BatchNormalization(momentum=0.5), L.Conv2D(8, 3), L.BatchNormalization(momentum=0.5), L.ReLU(), L.Flatten(),
         L.Dropout(0.1), L.Dense(4, activation=last), shape=(8, 8, 1),
     )  # fmt: skip
 
@@ -179,8 +179,6 @@ def test_distillation_from_itself_has_no_divergence(dataset):
     model = float_model()
     same = keras.models.clone_model(model)
     same.set_weights(model.get_weights())
-    from mobileqat.train import Distillation
-
     distilled = Distillation(model, same, weight=1.0, temperature=3.0)
     distilled.compile(loss="categorical_crossentropy")
     x, y = dataset.train.x[:8], np.eye(4, dtype=np.float32)[dataset.train.y[:8]]
@@ -188,22 +186,52 @@ def test_distillation_from_itself_has_no_divergence(dataset):
     np.testing.assert_allclose(loss, 0, atol=1e-5)
 
 
+class Break(keras.callbacks.Callback):
+    """Makes one weight NaN before the second step of the second epoch."""
+
+    def __init__(self, watched):
+        super().__init__()
+        self.watched, self.epoch = watched, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self.epoch, batch) == (1, 1):
+            bias = self.watched.trainable_variables[-1]
+            bias.assign(np.full(bias.shape, np.nan))
+
+
 @pytest.mark.parametrize("kind", ["float", "qat", "qat without keep_best", "distilled"])
 def test_divergence_is_an_error(dataset, kind):
-    """The model keeps finite weights, and a quantized one is ready to be trained again."""
+    """The model keeps its last finite weights, and a quantized one is ready to be trained again."""
     if kind == "float":
-        model, settings = float_model(), Training(epochs=2, learning_rate=1e30, optimizer="sgd")
+        model, settings = float_model(), Training(epochs=3)
     else:
         model = quantized_model(dataset)
         settings = QatTraining(
-            epochs=2, learning_rate=1e30, optimizer="sgd", keep_best="without" not in kind, freeze_observers_after=0.0,
+            epochs=3, keep_best="without" not in kind, freeze_observers_after=0.0,
             distillation=0.5 if kind == "distilled" else 0.0,
         )  # fmt: skip
-    with pytest.raises(TrainingError, match=r"became (nan|inf).*Lower the learning rate"):
-        fit(model, dataset, settings, teacher=float_model() if kind == "distilled" else None)
+    with pytest.raises(TrainingError, match=r"(nan|inf).*step 2 of epoch 2.*Lower the learning rate"):
+        fit(model, dataset, settings, callbacks=[Break(model)], teacher=float_model() if kind == "distilled" else None)
     assert all(np.isfinite(value).all() for value in model.get_weights())
     if kind != "float":
         assert all(quantizer.observing for quantizer in model.quantizers.values())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_learning_rate_beyond_reason(dataset, optimizer):
+    """Fake quantization saturates, so the loss can stay finite while weights run away: never without an error."""
+    for model, settings in (
+        (float_model(), Training(epochs=3, learning_rate=1e30, optimizer=optimizer)),
+        (quantized_model(dataset), QatTraining(epochs=3, learning_rate=1e30, optimizer=optimizer, keep_best=False)),
+    ):
+        try:
+            fit(model, dataset, settings)
+        except TrainingError:
+            pass
+        assert all(np.isfinite(value).all() for value in model.get_weights())
 
 
 @pytest.mark.parametrize(

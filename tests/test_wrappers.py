@@ -108,7 +108,9 @@ def test_bias_of_a_dead_channel_fits_int32():
     constants = wrapper.constants()
     assert (constants["weights"] == 0).all()
     np.testing.assert_allclose(
-        constants["bias"] * constants["scales"] * wrapper.input_quantizers[0].parameters()[0].numpy(), [3, -3], rtol=1e-5
+        constants["bias"] * constants["scales"] * wrapper.input_quantizers[0].parameters()[0].numpy(),
+        [3, -3],
+        rtol=1e-5,
     )
 
 

@@ -140,9 +140,10 @@ def _check_labels(where: str, key: str, y: np.ndarray, class_names: tuple[str, .
         )
     outside = np.flatnonzero((y < 0) | (y >= len(class_names)))
     if outside.size:
+        classes = f"0..{len(class_names) - 1} ({len(class_names)} classes)" if class_names else "0, 1, 2, ..."
         raise DataError(
-            f"{where}: {key}[{outside[0]}] is {y[outside[0]]}; expected a label in 0..{len(class_names) - 1} "
-            f"({len(class_names)} classes). Number the labels from 0 or complete class_names."
+            f"{where}: {key}[{outside[0]}] is {y[outside[0]]}; expected a label in {classes}. "
+            "Number the labels from 0 or complete class_names."
         )
 
 

@@ -46,7 +46,7 @@ def read_npz(path: Path, limit_bytes: int = LIMIT_BYTES) -> dict[str, np.ndarray
     except DataError:
         raise
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}. Check the path.") from error
+        raise DataError(f"cannot read {path}: {error.strerror or error}. Check the path.") from error
     except Exception as error:
         # zipfile, zlib, lzma and NumPy's header parser each have their own exceptions for damaged files.
         raise DataError(

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -138,7 +139,10 @@ def build_model(name: str, input_shape: Shape, classes: int, args: dict[str, Any
         raise ModelError(
             f"Model '{name}' does not take these arguments: {error}. It takes: {', '.join(takes)}."
         ) from None
-    model = function(**arguments)
+    try:
+        model = function(**arguments)
+    except Exception as error:  # whatever the user's code raises, the cause stays attached for --debug
+        raise ModelError(f"Model function '{name}' raised {type(error).__name__}: {error}") from error
     if not isinstance(model, keras.Model):
         raise ModelError(f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}")
     return model
@@ -187,6 +191,8 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         raise ModelError(f"There is no file '{path}'. Expected a .keras or .h5 model or weights file.")
     if path.suffix not in (".keras", ".h5", ".hdf5"):
         raise ModelError(f"'{path}' is not a .keras or .h5 file.")
+    if path.suffix == ".keras" and not zipfile.is_zipfile(path):
+        raise ModelError(f"'{path}' is empty, truncated or not written by Keras 3: a .keras file is a zip archive.")
     try:
         if _holds_weights_only(path):
             if build is None:
@@ -196,8 +202,14 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         else:
             model = keras.models.load_model(path, compile=False, safe_mode=True)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+        if "safe_mode" in str(error) or "unsafe" in str(error):
+            raise ModelError(
+                f"'{path}' holds Python code (a Lambda layer or a pickled function), which loading would run. Replace "
+                "it by layers or a registered class, and save the model again."
+            ) from error
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise ModelError(f"'{path}' cannot be loaded as a Keras 3 model or weights: {lines[0][:300]}") from error
+        reason = " ".join(lines[:3])[:500]
+        raise ModelError(f"'{path}' cannot be loaded as a Keras 3 model or weights: {reason}") from error
     check_finite_weights(model)
     return model
 
