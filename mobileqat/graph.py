@@ -113,7 +113,7 @@ class _Reader:
         return [names[id(tensor)] for tensor in functional.outputs]
 
     def _call(self, operation, path: str, arguments: list[str], results) -> list[str]:
-        if isinstance(operation, keras.Model):
+        if isinstance(operation, keras.Sequential) or hasattr(operation, "_nodes_by_depth"):
             return self.inline(_functional(operation), path + "/", arguments)
         path = self._unique(path)
         self.nodes.append(Node(path, operation, tuple(arguments)))

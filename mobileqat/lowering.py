@@ -16,7 +16,7 @@ import numpy as np
 
 from mobileqat.errors import UnsupportedModelError
 from mobileqat.graph import Graph, Node
-from mobileqat.rules import RULES, Output, class_name, find_rule, rule_key
+from mobileqat.rules import RULES, Output, class_name, find_rule, function_name, rule_key
 
 
 @keras.saving.register_keras_serializable("mobileqat")
@@ -132,9 +132,11 @@ class _Lowerer:
     def _problem(self, layer, rule, shapes, inputs) -> str | None:
         if rule is None:
             return f"no rule for {rule_key(layer)}"
-        if type(layer).__name__ == "BatchNormalization" and self.folds_into(inputs[0]):
-            return None
-        return rule.refuse(layer, shapes) if rule.refuse else None
+        if problem := rule.refuse and rule.refuse(layer, shapes):
+            return problem
+        if class_name(layer) == "BatchNormalization" and not self.folds_into(inputs[0]):
+            return "it follows no convolution or dense layer, on an input that is not rank 4"
+        return None
 
     def folds_into(self, tensor: str) -> bool:
         """Whether a BatchNormalization on this tensor can be folded into the layer that makes it."""
@@ -166,7 +168,7 @@ class _Lowerer:
 
     def activation(self, path: str, function, tensor: str) -> str:
         """Appends an activation function as a node of its own."""
-        name = getattr(function, "__name__", str(function))
+        name = function_name(function)
         if name in ("silu", "swish"):
             gate = self.emit(f"{path}/sigmoid", keras.layers.Activation("sigmoid"), (tensor,))
             return self.emit(path, keras.layers.Multiply(), (tensor, gate))
@@ -196,9 +198,12 @@ def _plain(lowerer: _Lowerer, node: Node, inputs) -> str:
 
 def _unsupported(lowerer: _Lowerer, node: Node, inputs) -> str:
     """Notes a layer without a rule, unread and uncopied, and goes on: all problems are reported together."""
-    name = class_name(node.layer)
-    advice = "; use the matching layer instead of the operator" if name.startswith("ops.") else ""
-    lowerer.problems.append(f"{node.path} ({name}): no rule for {name}{advice}")
+    key = rule_key(node.layer)
+    if key.startswith("ops."):
+        what = f"Keras operator {key[4:]} has no rule with these operands; use the matching layer instead"
+    else:
+        what = f"no rule for {key}"
+    lowerer.problems.append(f"{node.path} ({class_name(node.layer)}): {what}")
     lowerer.tensors[node.path] = _placeholder(lowerer.graph.tensors[node.path])
     return node.path
 
@@ -209,7 +214,7 @@ def _with_activation(lowerer: _Lowerer, node: Node, inputs) -> str:
         return _plain(lowerer, node, inputs)
     layer = lowerer.copy(node.layer, activation="linear")
     tensor = lowerer.emit(node.path, layer, inputs, tuple(node.layer.weights))
-    return lowerer.activation(f"{node.path}/{function.__name__}", function, tensor)
+    return lowerer.activation(f"{node.path}/{function_name(function)}", function, tensor)
 
 
 def _separable(lowerer: _Lowerer, node: Node, inputs) -> str:
@@ -251,7 +256,7 @@ def _separable(lowerer: _Lowerer, node: Node, inputs) -> str:
     if _is_linear(layer.activation):
         return lowerer.emit(node.path, pointwise, (tensor,), sources)
     tensor = lowerer.emit(f"{node.path}/pointwise", pointwise, (tensor,), sources)
-    return lowerer.activation(f"{node.path}/{layer.activation.__name__}", layer.activation, tensor)
+    return lowerer.activation(f"{node.path}/{function_name(layer.activation)}", layer.activation, tensor)
 
 
 def _activation(lowerer: _Lowerer, node: Node, inputs) -> str:

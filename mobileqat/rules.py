@@ -103,7 +103,7 @@ def _batch_norm(layer, shapes):
     axis = layer.axis if isinstance(layer.axis, int) else layer.axis[0]
     if axis not in (-1, len(shapes[0]) - 1):
         return f"BatchNormalization over axis {axis}; only the last axis (channels) can be folded"
-    return "BatchNormalization that follows no convolution or dense layer, on an input that is not rank 4"
+    return None
 
 
 RULES: dict[str, Rule] = {
@@ -143,6 +143,11 @@ RULES: dict[str, Rule] = {
 }
 
 
+def function_name(function) -> str:
+    """Name of an activation function, which may be a layer or another callable object."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def class_name(layer) -> str:
     """A layer's class name; a Keras operator's is prefixed, "ops.Add", since layers have the same names."""
     name = type(layer).__name__
@@ -153,7 +158,7 @@ def rule_key(layer) -> str:
     """The table's key for a layer: its class name, with the function or mode that selects the operator."""
     name = class_name(layer)
     if name == "Activation":
-        return f"{name}:{layer.activation.__name__}"
+        return f"{name}:{function_name(layer.activation)}"
     if name == "ReLU" and layer.max_value == 6:
         return f"{name}:6"
     if name == "UpSampling2D":

@@ -22,4 +22,4 @@ def same_random_numbers(request):
     keras = getattr(request.module, "keras", None)
     if keras is not None:
         keras.utils.set_random_seed(0)
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)

@@ -45,12 +45,8 @@ def modules():
 def imports(path, everywhere=True):
     """Dotted names that a module imports; only at its top level unless `everywhere`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    if everywhere:
-        nodes = list(ast.walk(tree))
-    else:  # a module's own statements, not those inside functions or `if TYPE_CHECKING`
-        nodes = tree.body
     found = set()
-    for node in nodes:
+    for node in ast.walk(tree) if everywhere else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -154,18 +150,15 @@ def test_public_names():
 
 def test_the_interface_of_the_quick_start():
     wanted = {
-        "quantize_model", "quantize_annotate_layer", "quantize_annotate_model", "quantize_apply", "calibrate", "convert",
-        "inspect", "verify", "strip",
+        "quantize_model", "quantize_annotate_layer", "quantize_annotate_model", "quantize_apply", "calibrate",
+        "convert", "inspect", "verify", "strip",
     }  # fmt: skip
     assert wanted <= set(mobileqat.__all__)
 
 
-@pytest.mark.parametrize("name", ["calibrate", "convert", "inspect"])
-def test_functions_are_not_hidden_by_modules_of_their_name(name):
-    result = run(
-        f"import mobileqat, mobileqat.{'flatbuffer' if name == 'inspect' else name}\nprint(callable(mobileqat.{name}))"
-    )
-    assert result.stdout.strip() == "True", result.stderr
+def test_functions_are_not_hidden_by_modules_of_their_name():
+    result = run("import mobileqat as mq, mobileqat.convert, mobileqat.calibrate; print(mq.convert, mq.calibrate)")
+    assert result.stdout.count("<function") == 2, result.stderr
 
 
 def test_no_helper_modules():

@@ -152,7 +152,7 @@ def test_float_model():
 
 
 def test_never_calibrated():
-    with pytest.raises(CalibrationError, match="never moved: x, .*calibrate"):
+    with pytest.raises(CalibrationError, match=r"never moved: x, .*calibrate"):
         convert(quantize_model(small_model()))
 
 
@@ -161,7 +161,7 @@ def test_broken_weights(value):
     quantized = quantize_model(small_model())
     calibrate(quantized, X)
     quantized.operators["conv"].layer.bias.assign([0, value, 0, 0])
-    with pytest.raises(ModelError, match="NaN or infinite.*bias"):
+    with pytest.raises(ModelError, match=r"NaN or infinite.*bias"):
         convert(quantized)
 
 

@@ -87,6 +87,11 @@ LONE_ACTIVATIONS = {
     }.items()
 }
 
+
+def noises():
+    return L.GaussianDropout(0.2), L.GaussianNoise(0.1), L.Identity()
+
+
 SPACE = {
     "max pool": lambda: sequential(L.MaxPooling2D(), L.MaxPooling2D(3, 1, "same")),
     "max pool, windows partly outside": lambda: sequential(L.MaxPooling2D((3, 2), (2, 1), "same")),
@@ -111,16 +116,8 @@ SPACE = {
     "bilinear 3": lambda: sequential(L.UpSampling2D(3, interpolation="bilinear"), shape=(5, 4, 3)),
     "bilinear (2, 3)": lambda: sequential(L.UpSampling2D((2, 3), interpolation="bilinear"), shape=(5, 1, 3)),
     "dropouts": lambda: sequential(
-        L.Dropout(0.5),
-        L.Conv2D(4, 3),
-        L.SpatialDropout2D(0.3),
-        L.ReLU(),
-        L.GaussianDropout(0.2),
-        L.GaussianNoise(0.1),
-        L.Identity(),
-        L.Flatten(),
-        L.Dense(4),
-    ),  # fmt: skip
+        L.Dropout(0.5), L.Conv2D(4, 3), L.SpatialDropout2D(0.3), L.ReLU(), *noises(), L.Flatten(), L.Dense(4)
+    ),
     "dropout at the end": lambda: sequential(L.Conv2D(4, 3), L.Dropout(0.5)),
     "nothing but dropout and a reshape": lambda: sequential(L.Dropout(0.5), L.Flatten()),
 }

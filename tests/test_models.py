@@ -147,7 +147,7 @@ def test_broken_weights(tmp_path, value):
     model = tiny()
     check_finite_weights(model)
     model.layers[0].bias.assign([value, 0])
-    with pytest.raises(ModelError, match="NaN or infinite values in 1 of 2 weights: .*bias"):
+    with pytest.raises(ModelError, match=r"NaN or infinite values in 1 of 2 weights: .*bias"):
         check_finite_weights(model)
     model.save(tmp_path / "model.keras")
     with pytest.raises(ModelError, match="NaN or infinite"):

@@ -444,7 +444,7 @@ def test_annotated_layer_computes_the_same():
     model = small_model()
     annotated = quantize_annotate_model(model)
     np.testing.assert_array_equal(annotated(X), model(X))
-    assert [layer.name for layer in model.layers][0] == "conv", "the model itself is not annotated"
+    assert model.layers[0].name == "conv", "the model itself is not annotated"
     assert len(annotated.trainable_variables) == len(model.trainable_variables)
 
 

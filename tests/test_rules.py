@@ -9,7 +9,7 @@ from keras import layers as L
 from mobileqat.convert import _EMITTERS, KERNEL_LAYOUTS
 from mobileqat.errors import UnsupportedModelError
 from mobileqat.kernels import _ACCUMULATE, KERNELS
-from mobileqat.lowering import Requantize
+from mobileqat.lowering import Clip, Requantize
 from mobileqat.quantize import quantize_model
 from mobileqat.rules import RULES, Output, find_rule, rule_key
 
@@ -51,7 +51,7 @@ def test_keys_name_keras_layers(key):
     elif name == "UpSampling2D":
         assert rule_key(L.UpSampling2D(interpolation=mode)) == key
     else:
-        assert name == Requantize.__name__ or issubclass(getattr(L, name), keras.Layer)
+        assert name in (Clip.__name__, Requantize.__name__) or issubclass(getattr(L, name), keras.Layer)
 
 
 def test_unknown_layers_have_no_rule():

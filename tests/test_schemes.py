@@ -45,7 +45,7 @@ def test_w8a8_is_what_the_runtime_fixes():
 
 @pytest.mark.parametrize("name", ["w8a7", "W8A8", "", None, 8])
 def test_unknown_scheme(name):
-    with pytest.raises(MobileQatError, match="Unknown scheme.*w8a8"):
+    with pytest.raises(MobileQatError, match=r"Unknown scheme.*w8a8"):
         get_scheme(name)
 
 
