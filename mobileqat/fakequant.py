@@ -54,7 +54,7 @@ def weight_scales(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
     kept = channel_axes if spec.per_channel else ()
     reduced = [axis for axis in range(len(weights.shape)) if axis not in kept]
     largest = tf.reduce_max(tf.abs(tf.stop_gradient(weights)), axis=reduced, keepdims=True)
-    return quotient(tf.where(largest > 0, largest, 1.0), spec.qmax)
+    return quotient(tf.where(largest > numerics.SMALLEST_WEIGHT, largest, 1.0), spec.qmax)
 
 
 def quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
@@ -83,7 +83,8 @@ class FakeQuantize(keras.layers.Layer):
     """
 
     def __init__(self, spec: QuantSpec, members=(), fixed=None, pinned=None, ema_decay=0.99, **kwargs):
-        super().__init__(**kwargs)
+        # Grids need float32 whatever the policy (mixed precision).
+        super().__init__(**(kwargs | {"dtype": "float32"}))
         if not members and fixed is None and pinned is None:
             raise ValueError("FakeQuantize needs observed members, fixed parameters or a pinned range.")
         self.spec = spec
@@ -157,9 +158,9 @@ class FakeQuantize(keras.layers.Layer):
         self.range_weight.assign(self.range_weight * decay + (1.0 - decay))
 
     def call(self, inputs, member: str | None = None, training=None):
-        """Fake-quantizes `inputs`, float of any shape; observes them first when training an observed member."""
+        """Fake-quantizes `inputs` of any shape to float32; observes them first when training an observed member."""
         x = tf.cast(inputs, tf.float32)
-        if training and self.observing and self.is_learned and member is not None:
+        if training and self.trainable and self.observing and self.is_learned and member is not None:
             self.observe(tf.stop_gradient(x), member)
         scale, zero_point = self.parameters()
         if training:
@@ -169,7 +170,7 @@ class FakeQuantize(keras.layers.Layer):
             )
         else:
             x = self.snap(x, scale, zero_point)
-        return tf.cast(x, inputs.dtype)
+        return x
 
     def snap(self, x, scale, zero_point):
         """Rounds half away from zero like the runtime's QUANTIZE; gradients pass inside the range."""

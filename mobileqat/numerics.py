@@ -13,6 +13,8 @@ from mobileqat.schemes import QuantSpec
 
 # Below this a range counts as collapsed; dividing by a smaller scale overflows float32 for ordinary activations.
 SMALLEST_SCALE = np.float32(1e-9)
+# Below this a channel of weights counts as zero: its scale would be subnormal, which TensorFlow flushes to 0.
+SMALLEST_WEIGHT = np.float32(1e-30)
 # A bias this large, in units of s_in * s_w, still leaves room in int32 for the products added to it.
 LARGEST_BIAS = 2.0**30
 
@@ -54,7 +56,7 @@ def weight_scales(weights: np.ndarray, channel_axes: tuple[int, ...], spec: Quan
     kept = channel_axes if spec.per_channel else ()
     reduced = tuple(axis for axis in range(weights.ndim) if axis not in kept)
     largest = np.max(np.abs(weights.astype(np.float32)), axis=reduced, keepdims=True)
-    return np.where(largest > 0, largest, np.float32(1)) / np.float32(spec.qmax)
+    return np.where(largest > SMALLEST_WEIGHT, largest, np.float32(1)) / np.float32(spec.qmax)
 
 
 def round_half_away(x: np.ndarray) -> np.ndarray:

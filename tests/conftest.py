@@ -1,4 +1,4 @@
-"""Quiet logs and the same random numbers in every test."""
+"""Quiet logs, and the same random numbers in every test and every run."""
 
 import logging
 import os
@@ -9,6 +9,11 @@ logging.getLogger("tensorflow").setLevel(logging.ERROR)
 logging.getLogger("absl").setLevel(logging.ERROR)
 
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# The same examples in every run, and no deadline: the first call of a TensorFlow function is slow.
+settings.register_profile("steady", derandomize=True, deadline=None)
+settings.load_profile("steady")
 
 
 def pytest_configure(config):

@@ -15,7 +15,7 @@ from mobileqat.schemes import QuantSpec
 INT8 = QuantSpec(8)
 WEIGHTS = QuantSpec(8, symmetric=True, per_channel=True)
 REALS = st.floats(-1e6, 1e6, width=32, allow_subnormal=False)
-QUICK = settings(max_examples=60, deadline=None)
+QUICK = settings(max_examples=60)
 
 
 def calibrated(low=-1.0, high=2.0, spec=INT8):

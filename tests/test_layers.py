@@ -285,6 +285,16 @@ def test_vanishing_gamma(beta):
     check_layer(model, give_weights=False)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-42, 1e-38, 1e-36, 1e-20])
+def test_vanishing_kernel(size):
+    """Weight decay drives the kernels of dead channels towards subnormal numbers."""
+    model = sequential(L.Conv2D(4, 3, name="conv"), L.ReLU())
+    kernel = model.get_layer("conv").kernel
+    kernel.assign(kernel * np.float32([size, 1, 1, 0]))
+    model.get_layer("conv").bias.assign([0.5, 0.1, 0.0, 0.2])
+    check_layer(model, give_weights=False)
+
+
 @cases(ACTIVATIONS)
 def test_activations(build):
     check_layer(build())

@@ -77,8 +77,8 @@ def test_models_that_cannot_be_built(users_module, name, arguments, message):
         build_model(name, (8, 8, 1), 10, arguments)
 
 
-def test_faults_inside_a_users_function_are_not_hidden(users_module):
-    with pytest.raises(RuntimeError, match="the user's own"):
+def test_faults_inside_a_users_function_are_named(users_module):
+    with pytest.raises(ModelError, match=r"users_models:broken' raised RuntimeError: the user's own"):
         build_model(f"{users_module}:broken", (8, 8, 1), 10)
 
 

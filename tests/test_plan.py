@@ -75,7 +75,9 @@ def test_what_may_not_fuse(build):
     assert ("relu",) in [op.nodes for op in plan.operators]
 
 
-@pytest.mark.parametrize("max_value, fused", [(None, ["RELU"]), (6, ["RELU6"]), (6.0, ["RELU6"]), (1.0, ["RELU", "NONE"])])
+@pytest.mark.parametrize(
+    "max_value, fused", [(None, ["RELU"]), (6, ["RELU6"]), (6.0, ["RELU6"]), (1.0, ["RELU", "NONE"])]
+)
 def test_fused_activations(max_value, fused):
     plan = plan_of(sequential(L.Conv2D(3, 1), L.ReLU(max_value)))
     assert [op.fused_activation for op in plan.operators] == fused

@@ -66,7 +66,7 @@ REFUSED = {
     "softmax over another axis": (lambda: L.Softmax(axis=1), "softmax over axis 1"),
     "threshold": (lambda: L.ReLU(threshold=0.5), "threshold=0.5"),
     "slope and max_value": (lambda: L.ReLU(6.0, negative_slope=0.1), "negative_slope and max_value"),
-    "bicubic": (lambda: L.UpSampling2D(2, interpolation="bicubic"), "UpSampling2D:bicubic"),
+    "bicubic": (lambda: L.UpSampling2D(2, interpolation="bicubic"), "bicubic"),
     "gelu": (lambda: L.Conv2D(4, 3, activation="gelu"), "Activation:gelu"),
     "batch norm over rows": (lambda: L.BatchNormalization(axis=1), "BatchNormalization over axis 1"),
     "channels_first pool": (lambda: L.MaxPooling2D(data_format="channels_first"), "channels_last"),
