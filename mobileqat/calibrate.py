@@ -14,7 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat import numerics
-from mobileqat.errors import CalibrationError, DataError
+from mobileqat.errors import CalibrationError, DataError, ModelError
+from mobileqat.models import check_finite_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.schemes import QuantSpec
 
@@ -49,17 +50,24 @@ def calibrate(
         raise CalibrationError(f"Unknown calibration method {method!r}. Expected one of: {', '.join(METHODS)}.")
     if not 50 < percentile <= 100:
         raise CalibrationError(f"percentile must be in (50, 100]. Received: {percentile}")
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise DataError(f"batch_size must be a whole number of at least 1. Received: {batch_size!r}")
+    check_finite_weights(model)
     batches = list(_batches(model, data, batch_size))
     if not batches:
         raise CalibrationError("There is no calibration data: the iterable gave no batch.")
+    _check_finite(model, batches)
     ranges = _minimum_and_maximum(model, batches)
     if method != "minmax":
         histograms = _histograms(model, batches, ranges)
-        pick = _percentile_range if method == "percentile" else _least_squares_range
         for name, (low, high) in ranges.items():
             if high > low:
-                spec = model.plan.tensors[name].spec
-                ranges[name] = pick(histograms[name], low, high, spec, percentile)
+                if method == "percentile":
+                    ranges[name] = _percentile_range(histograms[name], low, high, percentile)
+                else:
+                    ranges[name] = _least_squares_range(histograms[name], low, high, model.quantizers[name].spec)
     for name, (low, high) in ranges.items():
         quantizer = model.quantizers[name]
         quantizer.set_range(name, low, high)
@@ -67,7 +75,8 @@ def calibrate(
 
 def _batches(model: QuantizedModel, data: Any, batch_size: int) -> Iterator[list[np.ndarray]]:
     """Batches as lists of arrays in the order of the model's inputs."""
-    arrays = as_arrays(model, data) if isinstance(data, (np.ndarray, list, tuple, dict)) else None
+    is_whole = isinstance(data, (list, tuple, dict)) or hasattr(data, "__array__")
+    arrays = as_arrays(model, data) if is_whole else None
     if arrays is None:
         yield from (as_arrays(model, batch) for batch in _iterable(data))
         return
@@ -91,11 +100,11 @@ def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
     if isinstance(data, dict):
         if set(data) != set(names):
             raise DataError(f"Expected data for the inputs {names}. Received: {sorted(data)}")
-        arrays = [np.asarray(data[name]) for name in names]
-    elif isinstance(data, (list, tuple)):
-        arrays = [np.asarray(part) for part in data]
-    else:
-        arrays = [np.asarray(data)]
+        data = [data[name] for name in names]
+    try:
+        arrays = [np.asarray(part, np.float32) for part in (data if isinstance(data, (list, tuple)) else [data])]
+    except (TypeError, ValueError) as error:
+        raise DataError(f"The data cannot be read as arrays of numbers: {error}") from error
     if len(arrays) != len(names):
         raise DataError(f"Model '{model.name}' has {len(names)} inputs {names}. Received: {len(arrays)} arrays")
     for name, array in zip(names, arrays, strict=True):
@@ -104,7 +113,19 @@ def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
             raise DataError(
                 f"Input '{name}' expects shape (n, {', '.join(map(str, expected))}). Received: {array.shape}"
             )
+    if len(arrays[0]) == 0:
+        raise DataError("There is no sample in the data, or in one of its batches.")
     return arrays
+
+
+def _check_finite(model: QuantizedModel, batches) -> None:
+    """Refuses NaN and infinity in the data: the runtime's and TensorFlow's min and ReLU may swallow them."""
+    for index, batch in enumerate(batches):
+        for name, array in zip(model.plan.inputs, batch, strict=True):
+            if not np.isfinite(array).all():
+                raise CalibrationError(
+                    f"Calibration data for input '{name}' is not finite (NaN or infinity), batch {index}."
+                )
 
 
 def _observed(model: QuantizedModel) -> list[str]:
@@ -135,7 +156,7 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
         values = _activations(model, inputs)
         return tf.stack([[tf.reduce_min(values[name]), tf.reduce_max(values[name])] for name in names])
 
-    seen = np.stack([extremes(*batch).numpy() for batch in _as_float32(batches)])
+    seen = np.stack([extremes(*batch).numpy() for batch in batches])
     if not np.isfinite(seen).all():
         # min and max propagate NaN only in some kernels, so the first tensor named is where it surfaced.
         broken = [
@@ -149,10 +170,6 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
     return {name: (float(low), float(high)) for name, low, high in zip(names, lows, highs, strict=True)}
 
 
-def _as_float32(batches):
-    return ([np.asarray(array, np.float32) for array in batch] for batch in batches)
-
-
 def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]:
     """Counts in `BINS` equal bins between each tensor's extremes."""
     names = [name for name, (low, high) in ranges.items() if high > low]
@@ -162,11 +179,11 @@ def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]
         values = _activations(model, inputs)
         return tf.stack([tf.histogram_fixed_width(values[name], list(ranges[name]), BINS) for name in names])
 
-    total = sum(count(*batch).numpy().astype(np.int64) for batch in _as_float32(batches))
+    total = sum(count(*batch).numpy().astype(np.int64) for batch in batches)
     return dict(zip(names, total, strict=True))
 
 
-def _percentile_range(counts, low, high, spec: QuantSpec, percentile: float) -> tuple[float, float]:
+def _percentile_range(counts, low, high, percentile: float) -> tuple[float, float]:
     share = np.cumsum(counts) / counts.sum()
     edges = np.linspace(low, high, BINS + 1)
     tail = (100 - percentile) / 200
@@ -175,7 +192,7 @@ def _percentile_range(counts, low, high, spec: QuantSpec, percentile: float) -> 
     return float(edges[first]), float(edges[min(last, BINS - 1) + 1])
 
 
-def _least_squares_range(counts, low, high, spec: QuantSpec, percentile: float) -> tuple[float, float]:
+def _least_squares_range(counts, low, high, spec: QuantSpec) -> tuple[float, float]:
     """Shrinks both ends together in steps of 1 % and keeps the range with the least squared error."""
     edges = np.linspace(low, high, BINS + 1)
     centres = (edges[:-1] + edges[1:]) / 2

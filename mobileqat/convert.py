@@ -21,7 +21,9 @@ from mobileqat import kernels
 from mobileqat.errors import CalibrationError, MobileQatError, ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.models import check_finite_weights
+from mobileqat.numerics import SMALLEST_SCALE
 from mobileqat.quantize import QuantizedModel
+from mobileqat.rules import GONE
 from mobileqat.wrappers import QuantizeWrapper
 
 DTYPES = {
@@ -74,6 +76,8 @@ def convert(
             f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'. Use "
             "convert_float for a float model."
         )
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise MobileQatError(f"batch_size must be a whole number of at least 1. Received: {batch_size!r}")
     check_finite_weights(model)
     check_ranges(model)
     return _Writer(model, batch_size).write(np.dtype(input_type), np.dtype(output_type))
@@ -106,9 +110,9 @@ def check_ranges(model: QuantizedModel) -> None:
                 f"The range of activation tensor '{name}' is {ranges.tolist()}. Expected finite numbers: the "
                 "calibration data or the model's weights hold NaN or infinity."
             )
-        if ranges.min() == ranges.max() == 0:
+        if quantizer.is_learned and quantizer.grid()[0] <= SMALLEST_SCALE:
             raise CalibrationError(
-                f"The range of activation tensor '{name}' has collapsed to zero: it was 0 for all data. Calibrate "
+                f"The range of activation tensor '{name}' has collapsed to zero: {ranges.tolist()}. Calibrate "
                 "on data the model reacts to, or remove the dead layer."
             )
 
@@ -228,7 +232,7 @@ class _Writer:
         inputs = [self._write_input(name, input_type) for name in self.plan.inputs]
         for name, wrapper in self.model.operators.items():
             operator = self.plan_operator(name)
-            if not operator.kind:
+            if operator.kind == GONE:
                 for forms in (self._stored, self._float):
                     if operator.inputs[0] in forms:
                         forms[operator.output] = forms[operator.inputs[0]]
@@ -281,6 +285,8 @@ class _Writer:
         self.operator(operator.kind, inputs, output, options, version)
         if in_float and operator.output in self.quantizers:
             self.operator("QUANTIZE", [output], self.declare(operator.output, in_float=False))
+            # Later readers in float get the rounded values, as they do in the simulation.
+            del self._float[operator.output]
 
     def weights(self, wrapper: QuantizeWrapper) -> list[int]:
         """The kernel in the runtime's layout and the bias, as constants named after the layer."""
@@ -292,6 +298,7 @@ class _Writer:
         constants = wrapper.constants()
         input_scale = wrapper.input_scale()
         scales = constants["scales"]
+        self.check_ratio(wrapper, input_scale * scales)
         zeros = np.zeros(scales.shape, np.int64)
         return [
             self.constant(
@@ -299,6 +306,17 @@ class _Writer:
             ),
             self.constant(f"{name}/bias", constants["bias"], _Quantization(input_scale * scales, zeros)),
         ]
+
+    def check_ratio(self, wrapper: QuantizeWrapper, accumulator_scales: np.ndarray) -> None:
+        """XNNPACK refuses accumulators that are coarser than the output by 256 or more."""
+        name = wrapper.operator.output
+        ratio = float(np.max(accumulator_scales / self.quantizers[name].grid()[0]))
+        if ratio >= 256:
+            raise CalibrationError(
+                f"The range of activation tensor '{name}' is too narrow for what makes it: one step of the products is "
+                f"{ratio:.0f} steps of the output, and the runtime takes less than 256. The layer is almost dead on "
+                "the calibration data; calibrate on other data, or remove it."
+            )
 
     def integers(self, wrapper: QuantizeWrapper, role: str, values) -> int:
         return self.constant(f"{wrapper.operator.name}/{role}", np.asarray(values, np.int32))

@@ -33,6 +33,7 @@ class Graph:
     """Nodes in execution order, and the names of the tensors that enter and leave.
 
     `problems` are what reading found that cannot be quantized; lowering reports them together with its own.
+    `read_paths` of a lowered graph are the paths in the caller's model, which patterns may name as well.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Graph:
     outputs: tuple[str, ...]
     tensors: dict[str, keras.KerasTensor]
     problems: tuple[str, ...] = ()
+    read_paths: tuple[str, ...] = ()
 
     def consumers(self, tensor: str) -> list[Node]:
         return [node for node in self.nodes if tensor in node.inputs]
@@ -83,6 +85,11 @@ def _functional(model):
         f"{type(model).__name__}. A subclassed model has no graph to plan on; rebuild it with keras.Input and "
         "keras.Model(inputs, outputs). A tf_keras (Keras 2) model must be loaded with Keras 3."
     )
+
+
+def output_structure(model: keras.Model):
+    """The nest (tensor, list, dict) in which a model returns its outputs; flat order is the graph's."""
+    return _functional(model)._outputs_struct
 
 
 def _operations(functional) -> Iterator:

@@ -66,6 +66,7 @@ def lower(graph: Graph, pinned_inputs: tuple[str, ...] = ()) -> Graph:
         tuple(lowerer.nodes),
         tuple(lowerer.alias[name] for name in graph.outputs),
         lowerer.tensors,
+        read_paths=tuple(node.path for node in graph.nodes),
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import keras
 import numpy as np
 
 from mobileqat import flatbuffer
@@ -20,6 +21,7 @@ from mobileqat.convert import KERNEL_LAYOUTS
 from mobileqat.errors import FlatbufferError, ModelError
 from mobileqat.numerics import dequantize, quantize
 from mobileqat.quantize import QuantizedModel
+from mobileqat.rules import GONE
 from mobileqat.runtime import Session, available_runtimes
 
 
@@ -175,17 +177,21 @@ def find_problems(weights: WeightParity, operators, end_to_end: EndToEnd, bars: 
 
 
 def _as_list(arrays) -> list[np.ndarray]:
-    return list(arrays) if isinstance(arrays, (list, tuple)) else [arrays]
+    return keras.tree.flatten(arrays)
 
 
 def _require_same_tensors(model: QuantizedModel, file: flatbuffer.Model) -> None:
-    names = {tensor.name for tensor in file.tensors}
-    missing = [op.output for op in model.plan.operators if op.kind and op.quantized and op.output not in names]
-    if missing:
-        raise FlatbufferError(
-            f"The file was not converted from model '{model.name}': it has no tensor '{missing[0]}' "
-            f"({len(missing)} such). Convert the model again with mobileqat."
-        )
+    shapes = {tensor.name: tensor.shape[1:] for tensor in file.tensors}
+    for operator in model.plan.operators:
+        if operator.kind == GONE or not operator.quantized:
+            continue
+        expected, received = model.plan.tensors[operator.output].shape, shapes.get(operator.output)
+        if received != expected:
+            has = "no such tensor" if received is None else f"one of shape {received}"
+            raise FlatbufferError(
+                f"The file was not converted from model '{model.name}': expected a tensor '{operator.output}' of shape "
+                f"{expected}, it has {has}. Convert the model again with mobileqat."
+            )
 
 
 def output_integers(model: QuantizedModel, outputs) -> list[np.ndarray]:
@@ -244,7 +250,7 @@ def compare_operators(
     results = []
     for wrapper in model.operators.values():
         operator = wrapper.operator
-        if not operator.kind or not operator.quantized:
+        if operator.kind == GONE or not operator.quantized:
             continue
         inputs = [_real(model, name, tensors[name]) for name in operator.inputs]
         simulated = wrapper(inputs if len(inputs) > 1 else inputs[0], training=False)
@@ -288,7 +294,7 @@ def _interpreter_tensors(model: QuantizedModel, file, arrays, runtime: str) -> d
         if name not in tensors and name in model.quantizers:
             tensors[name] = _quantize(model, name, array)
     for operator in model.plan.operators:
-        if not operator.kind and operator.inputs[0] in tensors:
+        if operator.kind == GONE and operator.inputs[0] in tensors:
             tensors[operator.output] = tensors[operator.inputs[0]]
     return tensors
 
@@ -298,7 +304,7 @@ def _interpreter_tensors(model: QuantizedModel, file, arrays, runtime: str) -> d
 
 def compare_outputs(simulated: list[np.ndarray], interpreted: list[np.ndarray]) -> EndToEnd:
     """Compares output integers [n, ...], one array per output of the model."""
-    differences = [np.abs(a.astype(np.int64) - b.astype(np.int64)) for a, b in zip(simulated, interpreted, strict=True)]
+    differences = [_difference(a, b) for a, b in zip(simulated, interpreted, strict=True)]
     same = np.concatenate([(difference == 0).ravel() for difference in differences])
     agreement = [np.mean(_top1(a) == _top1(b)) for a, b in zip(simulated, interpreted, strict=True)]
     return EndToEnd(
@@ -307,6 +313,14 @@ def compare_outputs(simulated: list[np.ndarray], interpreted: list[np.ndarray]) 
         int(max(difference.max() for difference in differences)),
         float(min(agreement)),
     )
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Distance in LSBs; of outputs kept in float, in 255ths of their range, as if they were 8 bits."""
+    if np.issubdtype(a.dtype, np.integer) and np.issubdtype(b.dtype, np.integer):
+        return np.abs(a.astype(np.int64) - b.astype(np.int64))
+    step = max(float(np.ptp(a)), float(np.ptp(b)), 1e-30) / 255
+    return np.round(np.abs(a.astype(np.float64) - b) / step).astype(np.int64)
 
 
 def _top1(outputs: np.ndarray) -> np.ndarray:

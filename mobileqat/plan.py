@@ -7,11 +7,12 @@ of the plan, the flatbuffer one operator per layer, and calibration, parity and 
 from __future__ import annotations
 
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from mobileqat.errors import MobileQatError
 from mobileqat.graph import Graph, Node
-from mobileqat.rules import Output, get_rule
+from mobileqat.rules import GONE, Output, get_rule
 from mobileqat.schemes import QuantSpec, Scheme
 
 # What a runtime operator calls the ReLU that it applies itself, by the layer's max_value.
@@ -113,22 +114,23 @@ def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> Qu
     Raises:
         MobileQatError: a pattern in `exclude` matches no layer.
     """
-    operators = _fuse(graph, _excluded(graph, exclude))
-    groups = _Groups()
-    specs: dict[str, tuple[Output, tuple[float, int] | None, bool]] = {}
-    quantized_inputs = {name for op in operators if op.quantized for name in op.inputs}
-    for name in graph.inputs:
-        specs[name] = (Output.OWN, None, name in quantized_inputs)
     by_path = {node.path: node for node in graph.nodes}
-    for operator in operators:
+    fused = _fuse(graph, _excluded(graph, exclude))
+    read_as_integers = _read_as_integers(fused)
+    groups = _Groups()
+    operators: list[Operator] = []
+    specs: dict[str, tuple[Output, tuple[float, int] | None, bool]] = {
+        name: (Output.OWN, None, name in read_as_integers) for name in graph.inputs
+    }
+    for operator in fused:
         rule = get_rule(by_path[operator.name].layer)
-        output = rule.output if operator.quantized else Output.OWN
-        # What an integer operator reads from a float one becomes a tensor of its own, observed where it is made.
-        specs[operator.output] = (
-            output,
-            rule.fixed,
-            operator.quantized or operator.output in quantized_inputs,
-        )
+        if operator.kind == GONE:
+            # What does nothing stands in the form of what it is given.
+            operator = replace(operator, quantized=specs[operator.inputs[0]][2])
+        output = (Output.SHARED if operator.kind == GONE else rule.output) if operator.quantized else Output.OWN
+        # A float operator's output that an integer one reads is observed and rounded where it is made.
+        specs[operator.output] = (output, rule.fixed, operator.quantized or operator.output in read_as_integers)
+        operators.append(operator)
         if output is Output.SHARED:
             for name in operator.inputs:
                 groups.join(operator.output, name)
@@ -146,15 +148,29 @@ def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> Qu
     return QuantPlan(graph.name, scheme, graph.inputs, graph.outputs, tuple(operators), tensors)
 
 
+def _read_as_integers(operators: list[Operator]) -> set[str]:
+    """Tensors that some integer operator reads, also through operators that do nothing."""
+    names: set[str] = set()
+    for operator in reversed(operators):
+        if operator.output in names if operator.kind == GONE else operator.quantized:
+            names.update(operator.inputs)
+    return names
+
+
 def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
     paths = [node.path for node in graph.nodes]
     excluded: set[str] = set()
     for pattern in patterns:
-        matched = {p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, pattern + "/*")}
-        if not matched:
+        matched = _matching(paths, pattern)
+        if not matched and not _matching(graph.read_paths, pattern):
             raise MobileQatError(f"exclude={pattern!r} matches no layer of '{graph.name}'. Layers: {', '.join(paths)}")
         excluded |= matched
     return excluded
+
+
+def _matching(paths: Iterable[str], pattern: str) -> set[str]:
+    """Paths that a pattern names, and what lies below them."""
+    return {p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, pattern + "/*")}
 
 
 def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
@@ -175,17 +191,19 @@ def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
             members.append(follower)
         paths = tuple(member.path for member in members)
         taken.update(paths)
+        quantized = excluded.isdisjoint(paths)
+        is_requantization = rule.operator == "QUANTIZE"
         operators.append(
             Operator(
                 node.path,
-                rule.operator,
+                GONE if is_requantization and not quantized else rule.operator,
                 paths,
                 node.inputs,
                 paths[-1],
                 batch_norm,
                 activation,
                 fused,
-                excluded.isdisjoint(paths),
+                quantized,
             )
         )
     return operators

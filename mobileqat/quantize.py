@@ -7,8 +7,10 @@ saved as the float model's configuration plus the options it was quantized with,
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import keras
 import tensorflow as tf
@@ -19,7 +21,7 @@ from mobileqat.fakequant import FakeQuantize
 from mobileqat.lowering import lower
 from mobileqat.plan import QuantPlan, make_plan
 from mobileqat.rules import Output, get_rule
-from mobileqat.schemes import Scheme, get_scheme
+from mobileqat.schemes import SCHEMES, Scheme, get_scheme
 from mobileqat.wrappers import QuantizeWrapper
 
 
@@ -120,16 +122,19 @@ def quantize_model(
     if isinstance(model, QuantizedModel):
         raise ModelError(f"Model '{model.name}' is quantized already.")
     scheme = get_scheme(scheme)
-    pinned = tuple(float(bound) for bound in input_range) if input_range is not None else None
-    if pinned is not None and not pinned[0] < pinned[1]:
-        raise ModelError(f"input_range must be (minimum, maximum) with minimum < maximum. Received: {input_range}")
+    pinned = _bounds(input_range) if input_range is not None else None
+    if not 0 < ema_decay < 1:
+        raise ModelError(f"ema_decay must be between 0 and 1. Received: {ema_decay}")
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     graph = graphs.read(model)
     lowered = lower(graph, graph.inputs if pinned else ())
-    plan = make_plan(lowered, scheme, tuple(exclude))
-    quantized = _build(lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}")
+    plan = make_plan(lowered, scheme, exclude)
+    quantized = _build(
+        lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}", graphs.output_structure(model)
+    )
     quantized._float_config = _describe(model)
     quantized._options = {
-        "scheme": scheme.name,
+        "scheme": scheme.name if SCHEMES.get(scheme.name) == scheme else asdict(scheme),
         "exclude": list(exclude),
         "input_range": pinned and list(pinned),
         "ema_decay": ema_decay,
@@ -138,16 +143,27 @@ def quantize_model(
     return quantized
 
 
+def _bounds(input_range) -> tuple[float, float]:
+    try:
+        low, high = map(float, input_range)
+    except (TypeError, ValueError):
+        low = high = math.nan
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise ModelError(f"input_range must be two finite numbers (minimum, maximum). Received: {input_range!r}")
+    return low, high
+
+
 def _describe(model: keras.Model) -> str:
     """A float model's configuration as JSON, the form in which the quantized model keeps and saves it.
 
     Keras numbers shared objects by memory address; kept beyond the call that made them, such numbers would clash with
-    those of the file they end up in.
+    those of the file they end up in.  How the float model was compiled is no part of it.
     """
+    left_out = ("shared_object_id", "compile_config")
 
     def without_numbers(value):
         if isinstance(value, dict):
-            return {key: without_numbers(entry) for key, entry in value.items() if key != "shared_object_id"}
+            return {key: without_numbers(entry) for key, entry in value.items() if key not in left_out}
         return [without_numbers(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
     return json.dumps(without_numbers(keras.saving.serialize_keras_object(model)))
@@ -157,7 +173,7 @@ def _rebuild(description: str, custom_objects=None) -> keras.Model:
     return keras.saving.deserialize_keras_object(json.loads(description), custom_objects=custom_objects)
 
 
-def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str) -> QuantizedModel:
+def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str, structure) -> QuantizedModel:
     layers = {node.path: node.layer for node in lowered.nodes}
     quantizers = _make_quantizers(plan, pinned, ema_decay)
 
@@ -166,6 +182,7 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
         return quantizers[planned.group] if planned.spec else None
 
     inputs, values = [], {}
+    names: set[str] = set()
     for tensor in plan.inputs:
         info = lowered.tensors[tensor]
         inputs.append(keras.Input(info.shape[1:], name=tensor, dtype=info.dtype))
@@ -182,26 +199,26 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
             quantizer(operator.output),
             operator.output if planned.output is Output.OWN else None,
             operator.output in plan.outputs,
-            name=_layer_name("quant", operator.name),
+            name=_layer_name("quant", operator.name, names),
         )
         arguments = [values[tensor] for tensor in operator.inputs]
         values[operator.output] = wrapper(arguments if len(arguments) > 1 else arguments[0])
-    outputs = [values[tensor] for tensor in plan.outputs]
-    return QuantizedModel(
-        inputs=inputs if len(inputs) > 1 else inputs[0],
-        outputs=outputs if len(outputs) > 1 else outputs[0],
-        name=name,
-    )
+    outputs = keras.tree.pack_sequence_as(structure, [values[tensor] for tensor in plan.outputs])
+    return QuantizedModel(inputs=inputs if len(inputs) > 1 else inputs[0], outputs=outputs, name=name)
 
 
-def _layer_name(prefix: str, path: str) -> str:
+def _layer_name(prefix: str, path: str, taken: set[str]) -> str:
     """A path as a Keras layer name: "block/conv@2" -> "quant_block.conv.2"; TensorFlow scopes allow little else."""
-    return f"{prefix}_{re.sub(r'[^A-Za-z0-9_.-]', '.', path)}"
+    name = f"{prefix}_{re.sub(r'[^A-Za-z0-9_.-]', '.', path)}"
+    name = next(n for n in (name, *(f"{name}.{k}" for k in range(2, 1 << 20))) if n not in taken)
+    taken.add(name)
+    return name
 
 
 def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float) -> dict[str, FakeQuantize]:
     """One `FakeQuantize` per group of tensors that share their parameters."""
-    quantizers = {}
+    quantizers: dict[str, FakeQuantize] = {}
+    names: set[str] = set()
     for tensor in plan.tensors.values():
         if tensor.spec is None or tensor.group in quantizers:
             continue
@@ -214,7 +231,7 @@ def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float) -> dict[str, Fak
             fixed,
             pinned if is_pinned else None,
             ema_decay,
-            name=_layer_name("range", tensor.group),
+            name=_layer_name("range", tensor.group, names),
         )
     return quantizers
 
@@ -253,7 +270,7 @@ def quantize_annotate_layer(layer: keras.layers.Layer) -> QuantizeAnnotate:
 
 def quantize_annotate_model(model: keras.Model) -> keras.Model:
     """A copy of a functional or sequential model with every layer marked."""
-    return _clone(model, QuantizeAnnotate, skip=QuantizeAnnotate)
+    return _clone(model, lambda layer: layer if isinstance(layer, QuantizeAnnotate) else QuantizeAnnotate(layer))
 
 
 def quantize_apply(model: keras.Model, scheme: str | Scheme = "w8a8", **options) -> QuantizedModel:
@@ -266,14 +283,18 @@ def quantize_apply(model: keras.Model, scheme: str | Scheme = "w8a8", **options)
     Raises:
         ModelError: no layer is marked.
     """
-    marked = {layer.layer.name for layer in model.layers if isinstance(layer, QuantizeAnnotate)}
+    marked = {
+        node.path.removesuffix(node.layer.name) + node.layer.layer.name
+        for node in graphs.read(model).nodes
+        if isinstance(node.layer, QuantizeAnnotate)
+    }
     if not marked:
         raise ModelError(
             f"Model '{model.name}' has no annotated layer. Mark layers with quantize_annotate_layer, or quantize "
             "the whole model with quantize_model."
         )
-    plain = _clone(model, lambda layer: layer.layer, skip=None)
-    unmarked = [layer.name for layer in plain.layers if layer.name not in marked and not _is_input(layer)]
+    plain = _clone(model, lambda layer: layer.layer if isinstance(layer, QuantizeAnnotate) else layer)
+    unmarked = [node.path for node in graphs.read(plain).nodes if node.path.partition("@")[0] not in marked]
     return quantize_model(plain, scheme, exclude=(*options.pop("exclude", ()), *unmarked), **options)
 
 
@@ -281,18 +302,14 @@ def _is_input(layer) -> bool:
     return isinstance(layer, keras.layers.InputLayer)
 
 
-def _clone(model, convert, skip):
-    """Clones a model, passing a copy of each layer through `convert`, with the same weights."""
+def _clone(model, convert):
+    """Clones a model, nested ones included, passing a copy of each layer through `convert`; the weights are kept."""
 
     def clone_layer(layer):
         copy = layer.__class__.from_config(layer.get_config())
-        if _is_input(layer) or (skip and isinstance(layer, skip)):
-            return copy
-        if skip is None and not isinstance(layer, QuantizeAnnotate):
-            return copy
-        return convert(copy)
+        return copy if _is_input(layer) else convert(copy)
 
-    clone = keras.models.clone_model(model, clone_function=clone_layer)
+    clone = keras.models.clone_model(model, clone_function=clone_layer, recursive=True)
     clone.set_weights(model.get_weights())
     return clone
 

@@ -54,13 +54,19 @@ SCHEMES: dict[str, Scheme] = {
 }
 
 
-def get_scheme(scheme: str | Scheme) -> Scheme:
-    """The scheme of that name; a `Scheme` is returned as it is.
+def get_scheme(scheme: str | Scheme | dict) -> Scheme:
+    """The scheme of that name; a `Scheme` is taken as it is, and one written by `asdict` is restored.
 
     Raises:
-        MobileQatError: no scheme has that name.
+        MobileQatError: no scheme has that name, or no integer kernel takes its grids.
     """
+    if isinstance(scheme, dict):
+        scheme = Scheme(scheme["name"], QuantSpec(**scheme["weights"]), QuantSpec(**scheme["activations"]))
     if isinstance(scheme, Scheme):
+        if scheme.activations != QuantSpec(8):
+            raise MobileQatError(f"Activations must be asymmetric int8, QuantSpec(8). Received: {scheme.activations}")
+        if scheme.weights.bits > 8 or not scheme.weights.symmetric:
+            raise MobileQatError(f"Weights must be symmetric and have at most 8 bits. Received: {scheme.weights}")
         return scheme
     if scheme in SCHEMES:
         return SCHEMES[scheme]

@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import keras
 import numpy as np
 import tensorflow as tf
 from keras import ops
 
+from mobileqat import graph as graphs
 from mobileqat.data import Dataset, augment_images
 from mobileqat.errors import TrainingError
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.rules import Output, find_rule, function_name
 
 
 @dataclass(frozen=True)
@@ -83,30 +86,46 @@ def fit(
         all_callbacks.insert(0, Schedule(model, settings))
     if log_dir is not None:
         all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
-    if settings.epochs:
-        trained.fit(
-            train,
-            epochs=settings.epochs,
-            validation_data=validation,
-            shuffle=False,
-            verbose=0,
-            callbacks=all_callbacks,
-        )
+    try:
+        if settings.epochs:
+            trained.fit(
+                train,
+                epochs=settings.epochs,
+                validation_data=validation,
+                shuffle=False,
+                verbose=0,
+                callbacks=all_callbacks,
+            )
+    finally:
+        if isinstance(model, QuantizedModel):
+            freeze(model, observers=False, batch_norm=False)
     return History(recorder.epochs, initial, recorder.keep())
 
 
 def gives_probabilities(model: keras.Model) -> bool:
-    """Whether the model ends in softmax or sigmoid; otherwise its outputs are taken as logits."""
+    """Whether the model's first output comes from softmax or sigmoid; otherwise it is taken as logits.
+
+    Layers that only move values, such as Reshape or Dropout, may follow.
+    """
     if isinstance(model, QuantizedModel):
-        return model.plan.operators[-1].kind in ("SOFTMAX", "LOGISTIC")
-    last = model.layers[-1]
-    if isinstance(last, keras.Model):
-        return gives_probabilities(last)
-    function = getattr(last, "activation", None)
-    return isinstance(last, keras.layers.Softmax) or getattr(function, "__name__", "") in (
-        "softmax",
-        "sigmoid",
-    )
+        makers = {operator.output: operator for operator in model.plan.operators}
+        name = model.plan.outputs[0]
+        while name in makers and model.plan.tensors[name].output is Output.SHARED:
+            name = makers[name].inputs[0]
+        return name in makers and makers[name].kind in ("SOFTMAX", "LOGISTIC")
+    graph = graphs.read(model)
+    nodes = {node.path: node for node in graph.nodes}
+    name = graph.outputs[0]
+    while name in nodes:
+        layer = nodes[name].layer
+        function = function_name(getattr(layer, "activation", None))
+        if isinstance(layer, keras.layers.Softmax) or function in ("softmax", "sigmoid"):
+            return True
+        rule = find_rule(layer)
+        if not (rule and rule.output is Output.SHARED) and not isinstance(layer, keras.layers.Activation):
+            return False
+        name = nodes[name].inputs[0]
+    return False
 
 
 def training_batches(dataset: Dataset, batch_size: int, augment: Augment | None, seed: int) -> tf.data.Dataset:
@@ -138,6 +157,8 @@ def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers
             warmup_target=settings.learning_rate if warmup else None,
             warmup_steps=warmup,
         )
+    elif warmup:
+        rate = keras.optimizers.schedules.PolynomialDecay(0.0, warmup, end_learning_rate=settings.learning_rate)
     decay_rate = settings.weight_decay or None
     if settings.optimizer == "sgd":
         return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay_rate)
@@ -165,9 +186,6 @@ class Schedule(keras.callbacks.Callback):
         if freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from):
             self.model.make_train_function(force=True)
 
-    def on_train_end(self, logs=None):
-        freeze(self.quantized, observers=False, batch_norm=False)
-
 
 def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
     """Freezes or frees activation ranges and BatchNormalization statistics; returns whether anything changed.
@@ -185,14 +203,15 @@ def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
 
 
 class _Recorder(keras.callbacks.Callback):
-    """Records epochs, keeps the best weights, and stops at a loss that is not finite."""
+    """Records epochs, keeps the best weights, and stops when a loss or a weight is not finite."""
 
     def __init__(self, watched: keras.Model, initial_accuracy: float, keep_best: bool):
         super().__init__()
         self.watched = watched
         self.epochs: list[dict] = []
+        self._last_finite = watched.get_weights()
         # The weights before training stay unless an epoch does as well.
-        self._best = (initial_accuracy, 0, watched.get_weights()) if keep_best else None
+        self._best = (initial_accuracy, 0, self._last_finite) if keep_best else None
         self._started = 0.0
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -200,22 +219,28 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
-            if self._best:
-                self.watched.set_weights(self._best[2])
-            raise TrainingError(
-                f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1} of epoch "
-                f"{len(self.epochs) + 1}, learning rate {rate:.3g}. Lower the learning rate, or look for NaN "
-                "in the data."
-            )
+            self._stop(f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1}")
 
     def on_epoch_end(self, epoch, logs=None):
+        weights = self.watched.get_weights()
+        if not all(np.isfinite(array).all() for array in weights):
+            self._stop(f"Weights of '{self.watched.name}' became NaN or infinite")
+        self._last_finite = weights
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
         # A later epoch wins a tie: it has trained longer on the frozen grid.
         if self._best and row["val_accuracy"] >= self._best[0]:
-            self._best = (row["val_accuracy"], epoch + 1, self.watched.get_weights())
+            self._best = (row["val_accuracy"], epoch + 1, weights)
+
+    def _stop(self, what: str) -> NoReturn:
+        """Puts the weights of the last good epoch back and ends the training."""
+        self.watched.set_weights(self._last_finite)
+        rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        raise TrainingError(
+            f"{what} in epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}. The model has the weights of the "
+            "epoch before. Lower the learning rate, or look for NaN in the data."
+        )
 
     def keep(self) -> int | None:
         """Puts the best weights back; returns their epoch."""

@@ -18,7 +18,7 @@ from mobileqat import kernels, numerics
 from mobileqat.fakequant import FakeQuantize, product, quantize_weights, quotient, straight_through
 from mobileqat.kernels import Grid
 from mobileqat.plan import Operator
-from mobileqat.rules import Output, get_rule
+from mobileqat.rules import GONE, Output, get_rule
 from mobileqat.schemes import QuantSpec
 
 
@@ -77,13 +77,18 @@ class QuantizeWrapper(keras.layers.Layer):
             return self.output_quantizer(x, member=self.member, training=training)
         return x
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the operator computes values that have to be rounded, rather than moving some that are."""
+        return self.rule.rounds and self.operator.kind != GONE
+
     def _quantizes_output(self, training) -> bool:
         if self.output_quantizer is None:
             return False
         if not self.operator.quantized:
             return True
         # Probabilities that leave the model go into a loss: rounded to 0 they would give log(0) and no gradient.
-        return self.rule.rounds and not (training and self.is_output and self.rule.output is Output.FIXED)
+        return self.rounds and not (training and self.is_output and self.rule.output is Output.FIXED)
 
     def float_call(self, inputs, training=None, kernel=None):
         """The float layers, with another kernel when one is given; no activation is quantized."""
@@ -109,10 +114,12 @@ class QuantizeWrapper(keras.layers.Layer):
     # ------------------------------------------------------------------ integer inference
 
     def _infer(self, inputs):
-        if not self.rule.rounds:
-            return tf.cast(self.layer(inputs if len(inputs) > 1 else inputs[0]), tf.float32)
-        grids = [self.grid(quantizer) for quantizer in self.input_quantizers]
         output = self.grid(self.output_quantizer)
+        if not self.rounds:
+            # On integers, since a mixed precision policy may round real values to 16 bits; integers it keeps.
+            integers = [x / output.scale for x in inputs]
+            return tf.cast(self.layer(integers if len(inputs) > 1 else integers[0]), tf.float32) * output.scale
+        grids = [self.grid(quantizer) for quantizer in self.input_quantizers]
         if self.weight_spec is not None:
             return self._infer_weighted(inputs[0], grids[0], output)
         integers = [grid.integers(x) for grid, x in zip(grids, inputs, strict=True)]
