@@ -95,33 +95,40 @@ def _iterable(data: Any) -> Iterable:
 
 
 def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
-    """One array per input of the model, in order, from an array, a list or a dict; DataError when they do not fit."""
+    """One float32 array per input of the model, in order, from an array, a list or a dict.
+
+    Raises:
+        DataError: the data does not fit the inputs.
+    """
     names = list(model.plan.inputs)
     if isinstance(data, dict):
         if set(data) != set(names):
             raise DataError(f"Expected data for the inputs {names}. Received: {sorted(data)}")
         data = [data[name] for name in names]
-    try:
-        arrays = [np.asarray(part, np.float32) for part in (data if isinstance(data, (list, tuple)) else [data])]
-    except (TypeError, ValueError) as error:
-        raise DataError(f"The data cannot be read as arrays of numbers: {error}") from error
-    if len(arrays) != len(names):
-        raise DataError(f"Model '{model.name}' has {len(names)} inputs {names}. Received: {len(arrays)} arrays")
-    for name, array in zip(names, arrays, strict=True):
+    parts = data if isinstance(data, (list, tuple)) else [data]
+    if len(parts) != len(names):
+        inputs = f"{len(names)} input{'s' if len(names) > 1 else ''} {names}"
+        raise DataError(f"Model '{model.name}' has {inputs}. Received: {len(parts)} arrays")
+    arrays: list[np.ndarray] = []
+    for name, part in zip(names, parts, strict=True):
+        try:
+            array = np.asarray(part, np.float32)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"Data for input '{name}' cannot be read as an array of numbers: {error}") from error
         expected = model.plan.tensors[name].shape
-        if array.shape[1:] != expected or len(array) != len(arrays[0]):
-            raise DataError(
-                f"Input '{name}' expects shape (n, {', '.join(map(str, expected))}). Received: {array.shape}"
-            )
-    if len(arrays[0]) == 0:
-        raise DataError("There is no sample in the data, or in one of its batches.")
+        if array.shape[1:] != expected or len(array) != len(arrays[0] if arrays else array):
+            sizes = ", ".join(map(str, expected))
+            raise DataError(f"Input '{name}' expects shape (n, {sizes}). Received: {array.shape}")
+        arrays.append(array)
     return arrays
 
 
 def _check_finite(model: QuantizedModel, batches) -> None:
-    """Refuses NaN and infinity in the data: the runtime's and TensorFlow's min and ReLU may swallow them."""
+    """Refuses empty batches, and data that is NaN or infinite, which TensorFlow's minimum and ReLU may swallow."""
     for index, batch in enumerate(batches):
         for name, array in zip(model.plan.inputs, batch, strict=True):
+            if len(array) == 0:
+                raise CalibrationError(f"There is no calibration data in batch {index}: it is empty.")
             if not np.isfinite(array).all():
                 raise CalibrationError(
                     f"Calibration data for input '{name}' is not finite (NaN or infinity), batch {index}."

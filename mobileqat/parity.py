@@ -18,7 +18,7 @@ import numpy as np
 from mobileqat import flatbuffer
 from mobileqat.calibrate import as_arrays
 from mobileqat.convert import KERNEL_LAYOUTS
-from mobileqat.errors import FlatbufferError, ModelError
+from mobileqat.errors import DataError, FlatbufferError, ModelError
 from mobileqat.numerics import dequantize, quantize
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import GONE
@@ -139,6 +139,8 @@ def verify(
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
     bars = bars or default_bars(runtime)
     arrays = as_arrays(model, samples)
+    if len(arrays[0]) == 0:
+        raise DataError("There is no sample to compare on.")
     file = flatbuffer.read(content)
     _require_same_tensors(model, file)
     weights = compare_weights(model, file)
@@ -316,10 +318,10 @@ def compare_outputs(simulated: list[np.ndarray], interpreted: list[np.ndarray]) 
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Distance in LSBs; of outputs kept in float, in 255ths of their range, as if they were 8 bits."""
+    """Distance in LSBs; of outputs kept in float, in steps of a ten-thousandth of their range."""
     if np.issubdtype(a.dtype, np.integer) and np.issubdtype(b.dtype, np.integer):
         return np.abs(a.astype(np.int64) - b.astype(np.int64))
-    step = max(float(np.ptp(a)), float(np.ptp(b)), 1e-30) / 255
+    step = max(float(np.ptp(a)), float(np.ptp(b)), 1e-30) / 10_000
     return np.round(np.abs(a.astype(np.float64) - b) / step).astype(np.int64)
 
 

@@ -219,12 +219,12 @@ class _Recorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if not math.isfinite(logs["loss"]):
-            self._stop(f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1}")
+            self._stop(f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1} of")
 
     def on_epoch_end(self, epoch, logs=None):
         weights = self.watched.get_weights()
         if not all(np.isfinite(array).all() for array in weights):
-            self._stop(f"Weights of '{self.watched.name}' became NaN or infinite")
+            self._stop(f"Weights of '{self.watched.name}' became NaN or infinite in")
         self._last_finite = weights
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -238,8 +238,8 @@ class _Recorder(keras.callbacks.Callback):
         self.watched.set_weights(self._last_finite)
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         raise TrainingError(
-            f"{what} in epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}. The model has the weights of the "
-            "epoch before. Lower the learning rate, or look for NaN in the data."
+            f"{what} epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}. The model has the weights of the epoch "
+            "before. Lower the learning rate, or look for NaN in the data."
         )
 
     def keep(self) -> int | None:

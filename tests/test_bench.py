@@ -33,9 +33,7 @@ def test_summary():
     assert (summary.median, summary.min, summary.max, summary.mean) == (2.5, 1.0, 10.0, 4.0)
     assert summary.p90 == pytest.approx(7.9)
     assert summary.std == pytest.approx(math.sqrt(50 / 3))
-    assert summarize([5.0]).to_dict() == dict.fromkeys(("median", "p90", "min", "max", "mean"), 5.0) | {
-        "std": 0
-    }
+    assert summarize([5.0]).to_dict() == dict.fromkeys(("median", "p90", "min", "max", "mean"), 5.0) | {"std": 0}
 
 
 @pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])

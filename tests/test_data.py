@@ -71,9 +71,7 @@ def test_import_is_light():
     heavy = {"keras", "tensorflow", "sklearn", "PIL"}
     code = f"import sys, mobileqat.data; print({heavy} & set(sys.modules) or 'light')"
     root = os.path.dirname(os.path.dirname(data.__path__[0]))
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "light"
 
 
@@ -155,9 +153,7 @@ def imbalanced_dataset():
     return build({"x_train": x, "y_train": y, **held})
 
 
-@pytest.mark.parametrize(
-    "count, expected", [(3, [1, 1, 1]), (9, [3, 3, 3]), (20, [9, 8, 3]), (50, [37, 10, 3])]
-)
+@pytest.mark.parametrize("count, expected", [(3, [1, 1, 1]), (9, [3, 3, 3]), (20, [9, 8, 3]), (50, [37, 10, 3])])
 def test_calibration_is_class_balanced(count, expected):
     dataset = imbalanced_dataset()
     samples = data.calibration_samples(dataset, count, seed=0)
@@ -577,9 +573,7 @@ def test_split_folder_errors(split_folders, change, message):
 
 def test_no_class_folders(tmp_path):
     (tmp_path / "images").mkdir()
-    with pytest.raises(
-        DataError, match=r"images has no class folders; expected .*images/<class>/<image files>"
-    ):
+    with pytest.raises(DataError, match=r"images has no class folders; expected .*images/<class>/<image files>"):
         load_folder(tmp_path / "images")
 
 
@@ -625,9 +619,7 @@ def residual(plane: np.ndarray) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=30)
-@given(
-    seed=st.integers(0, 2**32 - 1), height=st.integers(1, 5), width=st.integers(1, 5), extreme=st.booleans()
-)
+@given(seed=st.integers(0, 2**32 - 1), height=st.integers(1, 5), width=st.integers(1, 5), extreme=st.booleans())
 def test_packed_round_trip(tmp_path_factory, seed, height, width, extreme):
     images = np.random.RandomState(seed).randint(0, 256, (3, height, width, 3)).astype(np.uint8)
     if extreme:
@@ -853,9 +845,7 @@ def test_failed_download_says_what_to_do(monkeypatch, name, layout):
         raise Exception("URL fetch failure")
 
     monkeypatch.setattr(getattr(keras.datasets, name), "load_data", fail)
-    message = (
-        rf"'{name}': .*URL fetch failure. Check the network, or put the files in <folder>/{layout} and set"
-    )
+    message = rf"'{name}': .*URL fetch failure. Check the network, or put the files in <folder>/{layout} and set"
     with pytest.raises(DataError, match=message):
         data.load_dataset(name)
 
@@ -903,9 +893,7 @@ def test_shift_is_a_crop_of_the_reflected_image(tf):
     padded = np.pad(x, ((0, 0), (2, 2), (2, 2), (0, 0)), mode="reflect")
     seen = set()
     for image, wide in zip(augmented(tf, x, shift=2)[0], padded, strict=True):
-        crops = [
-            (r, c) for r in range(5) for c in range(5) if np.array_equal(wide[r : r + 7, c : c + 6], image)
-        ]
+        crops = [(r, c) for r in range(5) for c in range(5) if np.array_equal(wide[r : r + 7, c : c + 6], image)]
         assert len(crops) == 1
         seen.add(crops[0])
     assert len(seen) == 25

@@ -21,9 +21,7 @@ REAL_FILES = (
     if DATA
     else []
 )
-CORRUPTION = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+CORRUPTION = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +35,7 @@ def models():
     x = keras.layers.Flatten(name="flatten")(x)
     x = keras.layers.Dense(32, activation="relu", name="hidden")(x)
     model = keras.Model(inputs, keras.layers.Dense(3, activation="softmax", name="head")(x))
-    return {
-        kind: convert(model, kind) for kind in ("float", "dynamic", "int8", "int8_float_io", "int8_uint8_io")
-    }
+    return {kind: convert(model, kind) for kind in ("float", "dynamic", "int8", "int8_float_io", "int8_uint8_io")}
 
 
 def convert(model, kind):
@@ -88,11 +84,7 @@ def test_tensors_and_operators(int8):
 def test_reads_paths_and_bytes_alike(int8, tmp_path):
     path = tmp_path / "model.tflite"
     path.write_bytes(int8)
-    assert (
-        flatbuffer.read(path).operators
-        == flatbuffer.read(str(path)).operators
-        == flatbuffer.read(int8).operators
-    )
+    assert flatbuffer.read(path).operators == flatbuffer.read(str(path)).operators == flatbuffer.read(int8).operators
 
 
 def test_constants_are_read_only(int8):
@@ -224,9 +216,7 @@ def test_subgraphs_calling_each_other():
     content = one_tensor_model(
         operatorCodes__0__builtinCode=schema.BuiltinOperator.WHILE,
         subgraphs__0__operators__0__builtinOptionsType=schema.BuiltinOptions.WhileOptions,
-        subgraphs__0__operators__0__builtinOptions=schema.WhileOptionsT(
-            condSubgraphIndex=0, bodySubgraphIndex=0
-        ),
+        subgraphs__0__operators__0__builtinOptions=schema.WhileOptionsT(condSubgraphIndex=0, bodySubgraphIndex=0),
     )
     with pytest.raises(FlatbufferError, match="circle"):
         flatbuffer.read(content)
@@ -285,9 +275,7 @@ def test_random_bytes(content):
 
 
 @CORRUPTION
-@given(
-    flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=8)
-)
+@given(flips=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 7)), min_size=1, max_size=8))
 def test_bit_flips(int8, flips):
     content = bytearray(int8)
     for position, bit in flips:
@@ -302,9 +290,7 @@ def test_damaged_words(data):
     content = bytearray(one_tensor_model())
     for _ in range(data.draw(st.integers(1, 4))):
         position = 4 * data.draw(st.integers(2, len(content) // 4 - 1))
-        word = data.draw(
-            st.sampled_from([0, 1, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]) | st.integers(0, 2**32 - 1)
-        )
+        word = data.draw(st.sampled_from([0, 1, 4, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]) | st.integers(0, 2**32 - 1))
         struct.pack_into("<I", content, position, word)
     read_or_refuse(bytes(content))
 

@@ -27,9 +27,7 @@ from mobileqat.recipe import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = ["cifar10_resnet8_w8a8", "digits_dscnn_w8a8", "fashion_mnist_mobilenetv1_w8a8"]
-SECTIONS = (
-    "name, description, seed, data, model, float, quantize, qat, convert, parity, evaluate, bench, report"
-)
+SECTIONS = "name, description, seed, data, model, float, quantize, qat, convert, parity, evaluate, bench, report"
 MINIMAL = """\
 name: small
 description: the least that is a recipe
@@ -97,9 +95,7 @@ def test_override(override: str, section: str, key: str, value: object) -> None:
 
 
 def test_later_override_wins() -> None:
-    assert (
-        minimal("data.augment={shift: 4}", "data.augment.shift=2", "seed=1", "seed=2").data.augment.shift == 2
-    )
+    assert minimal("data.augment={shift: 4}", "data.augment.shift=2", "seed=1", "seed=2").data.augment.shift == 2
 
 
 def test_scalar_alias_repeats_a_value() -> None:
@@ -151,19 +147,15 @@ qat:
         f"r.yaml:3: sed: unknown key (did you mean 'seed'?), expected one of {SECTIONS}, received 'sed'",
         "r.yaml:5: data.source: wrong value, expected digits, cifar10, fashion_mnist, image_folder, npz or "
         "module:function, received 'cifar'",
-        "r.yaml:6: data.path: wrong type, expected text (quote it), a number, true, false or null, "
-        "received timestamp",
-        "r.yaml:7: data.image_size: wrong value, expected null or [height, width] in pixels, "
-        'received [32, "32"]',
+        "r.yaml:6: data.path: wrong type, expected text (quote it), a number, true, false or null, received timestamp",
+        'r.yaml:7: data.image_size: wrong value, expected null or [height, width] in pixels, received [32, "32"]',
         "r.yaml:8: data.options: wrong type, expected a mapping of keys to values, received [1]",
         "r.yaml:9: data.augment: wrong type, expected a mapping of keys to values, received 3",
         "r.yaml:13: float.epoch: unknown key (did you mean 'epochs'?), expected one of epochs, batch_size, "
         "optimizer, learning_rate, schedule, warmup_epochs, weight_decay, label_smoothing, received 'epoch'",
         "r.yaml:14: float.epochs: wrong type, expected a valid integer, received true",
-        "r.yaml:16: float.learning_rate: duplicate key, expected each key once, received it first at "
-        "r.yaml:15",
-        "r.yaml:19: quantize.input_range: wrong value, expected 'data', null or [lowest, highest], "
-        "received [1, 0]",
+        "r.yaml:16: float.learning_rate: duplicate key, expected each key once, received it first at r.yaml:15",
+        "r.yaml:19: quantize.input_range: wrong value, expected 'data', null or [lowest, highest], received [1, 0]",
         "r.yaml:20: quantize.3: key is not text, expected text (quote it), received 3",
         "r.yaml:22: qat.ema_decay: out of range, expected less than 1, received 1",
         "r.yaml:23: qat.optimizer: wrong value, expected 'adam', 'adamw' or 'sgd', received 'lion'",
@@ -173,13 +165,11 @@ qat:
 
 def test_missing_keys() -> None:
     assert error_of("data: {}\n\nmodel: {args: {}}\n").splitlines() == [
-        "r.yaml:1: name: missing, expected the recipe's name: letters, digits, '_', '-' and '.', "
-        "received nothing",
+        "r.yaml:1: name: missing, expected the recipe's name: letters, digits, '_', '-' and '.', received nothing",
         "r.yaml:1: description: missing, expected one line for the list of recipes, received nothing",
         "r.yaml:1: data.source: missing, expected digits, cifar10, fashion_mnist, image_folder, npz or "
         "module:function, received nothing",
-        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1 or module:function, "
-        "received nothing",
+        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1 or module:function, received nothing",
     ]
 
 
@@ -261,8 +251,7 @@ def test_own_model_function_may_bring_its_weights() -> None:
         ),
         (
             "qat..epochs=1",
-            "--set qat..epochs=1: qat..epochs=1: not an override, expected key=value, "
-            "received 'qat..epochs=1'",
+            "--set qat..epochs=1: qat..epochs=1: not an override, expected key=value, received 'qat..epochs=1'",
         ),
         ("report=4", "--set report=4: report: wrong type, expected a mapping of keys to values, received 4"),
     ],
@@ -303,8 +292,7 @@ def test_unset_variable_in_data_path() -> None:
         ("- 1", "r.yaml:1: wrong type, expected a mapping of keys to values, received [1]"),
         (
             "a: 1\nb: [",
-            "r.yaml:2: not valid YAML: while parsing a flow node, expected the node content, but found "
-            "'<stream end>'",
+            "r.yaml:2: not valid YAML: while parsing a flow node, expected the node content, but found '<stream end>'",
         ),
         (
             "a: 1\n\nb: \0",
@@ -421,9 +409,7 @@ _FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
 def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.recursive(
-        leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20
-    )
+    return st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -433,9 +419,7 @@ def test_dump_reads_back_equal(name: str) -> None:
 
 
 @settings(deadline=None)
-@given(
-    options=st.dictionaries(st.text(), nested(_SCALARS | _FINITE | st.sampled_from(["1e3", "<<", "null"])))
-)
+@given(options=st.dictionaries(st.text(), nested(_SCALARS | _FINITE | st.sampled_from(["1e3", "<<", "null"]))))
 def test_dump_reads_back_any_options(options: dict[str, Any]) -> None:
     recipe = minimal().model_copy(update={"data": minimal().data.model_copy(update={"options": options})})
     assert parse_recipe(dump_recipe(recipe), file="dumped.yaml") == recipe

@@ -156,9 +156,7 @@ def test_several_inputs_and_outputs(two_inputs):
     assert len(outputs) == 2 and all(array.shape == (5, 4) for array in outputs)
     matches = [min(np.abs(array - target).max() for target in (x, 2 * x)) for array in real]
     assert max(matches) < 0.1
-    assert [row.name for row in session.inputs] == [
-        session.model.tensors[i].name for i in session.model.inputs
-    ]
+    assert [row.name for row in session.inputs] == [session.model.tensors[i].name for i in session.model.inputs]
 
 
 def test_a_parsed_model_is_taken(int8, tmp_path):
@@ -205,9 +203,7 @@ def test_quantization_is_that_of_the_reference_kernel(network):
     session = Session(flatbuffer.expose_tensors(content, entry.outputs), "litert-reference")
     x, details = images(1, seed=2) * 2, session.outputs[-1]
     kernel = session.run(x)[-1]
-    np.testing.assert_array_equal(
-        kernel, runtime._quantize(x, details.scale, details.zero_point, details.dtype)
-    )
+    np.testing.assert_array_equal(kernel, runtime._quantize(x, details.scale, details.zero_point, details.dtype))
 
 
 def test_integers_are_taken_raw(int8):
