@@ -230,8 +230,8 @@ class _Writer:
 
     def write(self, input_type: np.dtype, output_type: np.dtype) -> bytes:
         inputs = [self._write_input(name, input_type) for name in self.plan.inputs]
-        for name, wrapper in self.model.operators.items():
-            operator = self.plan_operator(name)
+        for wrapper in self.model.operators.values():
+            operator = wrapper.operator
             if operator.kind == GONE:
                 for forms in (self._stored, self._float):
                     if operator.inputs[0] in forms:
@@ -240,9 +240,6 @@ class _Writer:
             self._write_operator(wrapper)
         outputs = [self._write_output(name, output_type) for name in self.plan.outputs]
         return self._pack(inputs, outputs)
-
-    def plan_operator(self, name: str):
-        return self.model.operators[name].operator
 
     def _write_input(self, name: str, dtype: np.dtype) -> int:
         if name not in self.quantizers:

@@ -68,9 +68,14 @@ def round_half_away(x: np.ndarray) -> np.ndarray:
 
 def quantize(real: np.ndarray, scale, zero_point, spec: QuantSpec) -> np.ndarray:
     """Integers nearest to `real`, ties away from zero as in LiteRT's QUANTIZE; float array in, int32 array out."""
+    return quantize_between(real, scale, zero_point, spec.qmin, spec.qmax)
+
+
+def quantize_between(real: np.ndarray, scale, zero_point, qmin: int, qmax: int) -> np.ndarray:
+    """`quantize` onto any integers, such as a file's uint8 input."""
     scaled = np.asarray(real, np.float32) / np.float32(scale)
     # Clipping first is the same, and keeps infinities out of the rounding.
-    inside = np.clip(scaled, np.float32(spec.qmin - zero_point), np.float32(spec.qmax - zero_point))
+    inside = np.clip(scaled, np.float32(qmin - zero_point), np.float32(qmax - zero_point))
     return (round_half_away(inside) + zero_point).astype(np.int32)
 
 

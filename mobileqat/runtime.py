@@ -364,9 +364,7 @@ def _to_raw(array: np.ndarray, details: TensorDetails, quantize: bool) -> np.nda
 
 def _quantize(x: np.ndarray, scale: float, zero_point: int, dtype: str) -> np.ndarray:
     bounds = np.iinfo(dtype)
-    # In float32 as the kernel does it. Clipping first is the same, and keeps infinities out of the rounding.
-    ratio = np.clip(x.astype(np.float32) / np.float32(scale), bounds.min - zero_point, bounds.max - zero_point)
-    return (numerics.round_half_away(ratio) + np.float32(zero_point)).astype(dtype)
+    return numerics.quantize_between(x, scale, zero_point, int(bounds.min), int(bounds.max)).astype(dtype)
 
 
 def _dequantize(array: np.ndarray, details: TensorDetails) -> np.ndarray:
