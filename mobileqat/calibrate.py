@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -18,6 +19,7 @@ from mobileqat.errors import CalibrationError, DataError, ModelError
 from mobileqat.models import check_finite_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.schemes import QuantSpec
+from mobileqat.wrappers import as_float32
 
 METHODS = ("minmax", "percentile", "mse")
 BINS = 2048
@@ -63,7 +65,7 @@ def calibrate(
     if method != "minmax":
         histograms = _histograms(model, batches, ranges)
         for name, (low, high) in ranges.items():
-            if high > low:
+            if name in histograms:
                 if method == "percentile":
                     ranges[name] = _percentile_range(histograms[name], low, high, percentile)
                 else:
@@ -95,12 +97,14 @@ def _iterable(data: Any) -> Iterable:
 
 
 def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
-    """One float32 array per input of the model, in order, from an array, a list or a dict.
+    """One float32 (for indices int32) array per input of the model, in order, from an array, a list or a dict.
 
     Raises:
         DataError: the data does not fit the inputs.
     """
     names = list(model.plan.inputs)
+    if isinstance(data, dict) and isinstance(model._inputs_struct, dict) and set(data) == set(model._inputs_struct):
+        data = keras.tree.flatten({key: data[key] for key in model._inputs_struct})
     if isinstance(data, dict):
         if set(data) != set(names):
             raise DataError(f"Expected data for the inputs {names}. Received: {sorted(data)}")
@@ -112,7 +116,9 @@ def as_arrays(model: QuantizedModel, data: Any) -> list[np.ndarray]:
     arrays: list[np.ndarray] = []
     for name, part in zip(names, parts, strict=True):
         try:
-            array = np.asarray(part, np.float32)
+            array = np.asarray(part)
+            if array.dtype != model.plan.tensors[name].dtype:
+                array = array.astype(model.plan.tensors[name].dtype, casting="unsafe")
         except (TypeError, ValueError) as error:
             raise DataError(f"Data for input '{name}' cannot be read as an array of numbers: {error}") from error
         expected = model.plan.tensors[name].shape
@@ -143,14 +149,15 @@ def _activations(model: QuantizedModel, inputs) -> dict[str, tf.Tensor]:
     """Every tensor of the plan, computed in float."""
     values = dict(zip(model.plan.inputs, inputs, strict=True))
     for wrapper in model.operators.values():
-        arguments = [values[name] for name in wrapper.operator.inputs]
+        arguments = [values[name] for name in wrapper.operator.inputs] or [inputs[0]]
         x = wrapper.float_call(arguments if len(arguments) > 1 else arguments[0], training=False)
-        values[wrapper.operator.output] = tf.cast(x, tf.float32)
+        values[wrapper.operator.output] = as_float32(x)
     return values
 
 
 def _signature(model: QuantizedModel) -> list[tf.TensorSpec]:
-    return [tf.TensorSpec((None, *model.plan.tensors[name].shape), tf.float32) for name in model.plan.inputs]
+    planned = [model.plan.tensors[name] for name in model.plan.inputs]
+    return [tf.TensorSpec((None, *tensor.shape), tensor.dtype) for tensor in planned]
 
 
 def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[float, float]]:
@@ -179,7 +186,7 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
 
 def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]:
     """Counts in `BINS` equal bins between each tensor's extremes."""
-    names = [name for name, (low, high) in ranges.items() if high > low]
+    names = [name for name, (low, high) in ranges.items() if high > low and not model.plan.is_constant(name)]
 
     @tf.function(input_signature=_signature(model))
     def count(*inputs):

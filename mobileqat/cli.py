@@ -218,6 +218,7 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.argument("model", type=EXISTING)
 @click.option("-o", "--output", type=EXISTING, help="File to write.  [default: MODEL with .tflite]")
 @data_options(required=False)
+@click.option("--ranges", type=EXISTING, metavar="FILE", help="Activation ranges that import-keras2 wrote.")
 @click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
 @click.option("--scheme", default="w8a8")
@@ -225,11 +226,12 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.option("--output-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
 @json_option
 def convert(
-    model, output, source, data_path, image_size, samples, method, scheme, input_type, output_type, as_json
+    model, output, source, data_path, image_size, ranges, samples, method, scheme, input_type, output_type, as_json
 ) -> None:
     """Convert MODEL to an integer .tflite file.
 
-    A model saved after quantize_model is converted as it is; a float model is quantized first, with ranges from --data.
+    A model saved after quantize_model is converted as it is; a float model is quantized first, with ranges from --data,
+    from --ranges, or from the latter where it has one and the former elsewhere.
 
     \b
     Example:
@@ -242,7 +244,7 @@ def convert(
     path = output or model.with_suffix(".tflite")
     _check_output(path, model)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
-    content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type)
+    content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type, ranges)
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
     inspection = inspect_file(content)
     if as_json:
@@ -250,6 +252,50 @@ def convert(
     else:
         _print_inspection(path, inspection)
     _exit_unless(inspection.fully_integer and not inspection.problems)
+
+
+@command
+@click.argument("source", type=EXISTING)
+@click.argument("target", type=EXISTING)
+@click.option("--ranges", type=EXISTING, metavar="FILE", help="Write the activation ranges that TFMOT trained.")
+@json_option
+def import_keras2(source: Path, target: Path, ranges: Path | None, as_json: bool) -> None:
+    """Rebuild the Keras 2 model SOURCE in Keras 3 as TARGET.
+
+    SOURCE is an .h5 or .keras file or a SavedModel folder with a whole model. Where tf_keras is installed, the outputs
+    of both are compared on random inputs, and nothing is written if they differ. A model that TFMOT has quantized
+    becomes its float model with the trained weights; its activation ranges go to --ranges, for convert --ranges.
+
+    \b
+    Example:
+      mobileqat import-keras2 old.h5 new.keras
+    """
+    from mobileqat.legacy.keras2 import import_keras2
+
+    for path in filter(None, (target, ranges)):
+        _check_output(path, source)
+    imported = import_keras2(source, target)
+    if ranges is not None:
+        if imported.ranges is None:
+            raise MobileQatError(
+                f"'{source}' has no activation ranges: TFMOT has not quantized it. '{target}' is written."
+            )
+        imported.ranges.save(ranges)
+    if as_json:
+        _print_json(imported.to_dict())
+        return
+    click.echo(f"{target}: {imported.layers} layers, {imported.weights} weights")
+    if imported.not_compared:
+        click.echo(f"The outputs were not compared with those of {source}: {imported.not_compared}")
+    else:
+        click.echo(
+            f"Largest difference of the outputs to tf_keras {imported.largest_difference:.3g}, of a largest output of "
+            f"{imported.largest_output:.3g}"
+        )
+    if ranges is not None and imported.ranges is not None:
+        click.echo(f"{ranges}: {len(imported.ranges.ranges)} activation ranges")
+        for layer in imported.ranges.untrained:
+            click.echo(f"  none for '{layer}': its range is still where TFMOT starts it")
 
 
 def _check_output(path: Path, model: Path) -> None:

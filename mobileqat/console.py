@@ -60,6 +60,11 @@ class RunDisplay:
         self._has_started = True
         self.log(f"{name} started")
 
+    def say(self, text: str) -> None:
+        """Something to know before time goes into the next step."""
+        self.log(text)
+        self.console.print(f"    {text}", soft_wrap=True, style="yellow")
+
     def done(self, name: str, status: str, seconds: float, message: str) -> None:
         """A step has ended. The message goes to the log only: the command ends with it."""
         self._stop_progress()

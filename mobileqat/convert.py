@@ -15,6 +15,7 @@ from typing import Any
 import flatbuffers
 import keras
 import numpy as np
+import tensorflow as tf
 from ai_edge_litert import schema_py_generated as schema
 
 from mobileqat import kernels
@@ -23,7 +24,7 @@ from mobileqat.fakequant import FakeQuantize
 from mobileqat.models import check_finite_weights
 from mobileqat.numerics import SMALLEST_SCALE
 from mobileqat.quantize import QuantizedModel
-from mobileqat.rules import GONE
+from mobileqat.rules import CONSTANT, GONE
 from mobileqat.wrappers import QuantizeWrapper
 
 DTYPES = {
@@ -83,12 +84,19 @@ def convert(
     return _Writer(model, batch_size).write(np.dtype(input_type), np.dtype(output_type))
 
 
-def convert_float(model: keras.Model, *, batch_size: int = 1) -> bytes:
-    """Converts a float Keras model with TensorFlow's converter, with a static batch so that no shape is computed."""
-    import tensorflow as tf
+def convert_float(model: keras.Model, *, batch_size: int = 1, input_shape: Sequence[int] | None = None) -> bytes:
+    """Converts a float Keras model with TensorFlow's converter, at static sizes so that no shape is computed.
 
+    Args:
+        model: functional, sequential, or subclassed and called before.
+        batch_size: size of the batch axis.
+        input_shape: shape of the only input without the batch, for a model that leaves sizes open.
+    """
     check_finite_weights(model)
-    specs = [tf.TensorSpec((batch_size, *t.shape[1:]), t.dtype, t._keras_history.operation.name) for t in model.inputs]
+    specs = [
+        tf.TensorSpec((batch_size, *(input_shape or t.shape[1:])), t.dtype, t._keras_history.operation.name)
+        for t in model.inputs
+    ]
     function = tf.function(lambda *inputs: model(inputs if len(inputs) > 1 else inputs[0], training=False))
     concrete = function.get_concrete_function(*specs)
     # With the function as the trackable object the converter freezes its variables; with the model it does not.
@@ -110,7 +118,7 @@ def check_ranges(model: QuantizedModel) -> None:
                 f"The range of activation tensor '{name}' is {ranges.tolist()}. Expected finite numbers: the "
                 "calibration data or the model's weights hold NaN or infinity."
             )
-        if quantizer.is_learned and quantizer.grid()[0] <= SMALLEST_SCALE:
+        if quantizer.is_learned and not model.plan.is_constant(name) and quantizer.grid()[0] <= SMALLEST_SCALE:
             raise CalibrationError(
                 f"The range of activation tensor '{name}' has collapsed to zero: {ranges.tolist()}. Calibrate "
                 "on data the model reacts to, or remove the dead layer."
@@ -156,6 +164,7 @@ class _Writer:
         self.batch_size = batch_size
         self.tensors: list[schema.TensorT] = []
         self.buffers = [_AlignedBuffer()]  # buffer 0 is empty by convention
+        self._buffers: dict[bytes, int] = {}
         self.operators: list[schema.OperatorT] = []
         self.codes: dict[tuple[str, int], int] = {}
         self.quantizers = model.quantizers
@@ -176,8 +185,10 @@ class _Writer:
             tensor.quantization.zeroPoint = np.asarray(quantization.zero_points, np.int64)
             tensor.quantization.quantizedDimension = quantization.axis
         if content is not None:
-            tensor.buffer = len(self.buffers)
-            self.buffers.append(_AlignedBuffer(content))
+            # A layer that is called several times stores its kernel once.
+            tensor.buffer = self._buffers.setdefault(content, len(self.buffers))
+            if tensor.buffer == len(self.buffers):
+                self.buffers.append(_AlignedBuffer(content))
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
@@ -192,7 +203,8 @@ class _Writer:
         )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return (self.batch_size, *self.plan.tensors[name].shape)
+        planned = self.plan.tensors[name]
+        return (self.batch_size, *planned.shape) if planned.has_batch else planned.shape
 
     def quantization(self, quantizer: FakeQuantize) -> _Quantization:
         scale, zero_point = quantizer.grid()
@@ -200,6 +212,8 @@ class _Writer:
 
     def activation(self, name: str, in_float: bool) -> int:
         """The tensor of the plan in the form its reader needs; a conversion is written where the two differ."""
+        if self.plan.tensors[name].dtype == "int32":
+            return self._stored[name]
         if in_float and name not in self._float:
             self._float[name] = self.tensor(f"{name}/float32", self.shape(name), np.float32)
             self.operator("DEQUANTIZE", [self._stored[name]], self._float[name], version=2)
@@ -207,6 +221,9 @@ class _Writer:
 
     def declare(self, name: str, in_float: bool) -> int:
         """Makes a tensor that the next operator fills, in float or in the plan's integers."""
+        if self.plan.tensors[name].dtype == "int32":
+            self._stored[name] = self.tensor(name, self.shape(name), np.int32)
+            return self._stored[name]
         quantizer = self.quantizers.get(name)
         if in_float:
             suffix = "/float32" if quantizer else ""
@@ -236,14 +253,21 @@ class _Writer:
                 for forms in (self._stored, self._float):
                     if operator.inputs[0] in forms:
                         forms[operator.output] = forms[operator.inputs[0]]
-                continue
-            self._write_operator(wrapper)
+            elif operator.kind == CONSTANT:
+                self._write_constant(wrapper)
+            else:
+                self._write_operator(wrapper)
         outputs = [self._write_output(name, output_type) for name in self.plan.outputs]
         return self._pack(inputs, outputs)
 
     def _write_input(self, name: str, dtype: np.dtype) -> int:
+        if self.plan.tensors[name].dtype == "int32":
+            return self.declare(name, in_float=False)
         if name not in self.quantizers:
-            return self.declare(name, in_float=True)
+            if self.plan.tensors[name].spec is None:
+                return self.declare(name, in_float=True)
+            # No operator reads it; any grid will do.
+            return self.tensor(name, self.shape(name), np.int8, _Quantization(np.ones(1), np.zeros(1)))
         if dtype == np.int8:
             return self.declare(name, in_float=False)
         outer = self._boundary(name, dtype)
@@ -269,21 +293,33 @@ class _Writer:
         self.operator("QUANTIZE", [self.activation(name, in_float=False)], outer)
         return outer
 
+    def _write_constant(self, wrapper: QuantizeWrapper) -> None:
+        """A constant operand; one that is repeated for every sample is stored so."""
+        name = wrapper.operator.output
+        value = wrapper.constant()
+        if self.plan.tensors[name].has_batch:
+            value = np.repeat(value, self.batch_size, axis=0)
+        quantizer = self.quantizers.get(name)
+        index = self.constant(name, value, quantizer and self.quantization(quantizer))
+        forms = self._float if value.dtype == np.float32 else self._stored
+        forms[name] = index
+
     def _write_operator(self, wrapper: QuantizeWrapper) -> None:
         operator = wrapper.operator
         in_float = not operator.quantized
         inputs = [self.activation(name, in_float) for name in operator.inputs]
         output = self.declare(operator.output, in_float)
-        options, constants, version = _EMITTERS[operator.kind](self, wrapper)
-        if "x" in constants:  # operands around the input, such as TRANSPOSE_CONV's
-            inputs = [inputs[0] if index == "x" else index for index in constants]
-        else:
-            inputs = [*inputs, *constants]
-        self.operator(operator.kind, inputs, output, options, version)
+        if not in_float and operator.kind in ("ADD", "SUB", "MUL"):
+            self._check_scales(wrapper)
+        _EMITTERS[operator.kind](self, wrapper, inputs, output)
         if in_float and operator.output in self.quantizers:
             self.operator("QUANTIZE", [output], self.declare(operator.output, in_float=False))
             # Later readers in float get the rounded values, as they do in the simulation.
             del self._float[operator.output]
+
+    def _check_scales(self, wrapper: QuantizeWrapper) -> None:
+        scales = np.array([self.quantizers[name].grid()[0] for name in wrapper.operator.inputs])
+        self.check_ratio(wrapper, np.prod(scales) if wrapper.operator.kind == "MUL" else np.max(scales))
 
     def weights(self, wrapper: QuantizeWrapper) -> list[int]:
         """The kernel in the runtime's layout and the bias, as constants named after the layer."""
@@ -356,9 +392,9 @@ def _operator_code(kind: str, version: int) -> schema.OperatorCodeT:
 
 # ------------------------------------------------------------------ one row per operator
 #
-# Each emitter returns the operator's options, its constant operands, and the lowest kernel version that takes them.
+# Each emitter writes the operator that computes a tensor of the plan, with the lowest kernel version that takes it.
 
-Emitted = tuple[Any, list, int]
+Emitter = Callable[[_Writer, QuantizeWrapper, "list[int]", int], None]
 
 
 def _options(name: str, **fields):
@@ -369,161 +405,233 @@ def _options(name: str, **fields):
     return options
 
 
-def _padding(layer) -> int:
-    return schema.Padding.SAME if layer.padding == "same" else schema.Padding.VALID
-
-
 def _fused(wrapper: QuantizeWrapper) -> int:
     return getattr(schema.ActivationFunctionType, wrapper.operator.fused_activation)
 
 
-def _strides(layer) -> dict[str, int]:
-    return {"strideH": layer.strides[0], "strideW": layer.strides[1]}
+def _window(wrapper: QuantizeWrapper, strides, padding: str) -> dict[str, int]:
+    return {
+        "padding": schema.Padding.SAME if padding == "same" else schema.Padding.VALID,
+        "fusedActivationFunction": _fused(wrapper),
+        "strideH": strides[0],
+        "strideW": strides[1],
+    }
 
 
-def _window(wrapper: QuantizeWrapper) -> dict[str, int]:
-    layer = wrapper.layer
-    return {"padding": _padding(layer), "fusedActivationFunction": _fused(wrapper)} | _strides(layer)
+def _layer_window(wrapper: QuantizeWrapper) -> dict[str, int]:
+    return _window(wrapper, wrapper.layer.strides, wrapper.layer.padding)
 
 
 def _dilation(layer) -> dict[str, int]:
     return {"dilationHFactor": layer.dilation_rate[0], "dilationWFactor": layer.dilation_rate[1]}
 
 
-def _conv_2d(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    constants = writer.weights(wrapper)
+def _conv_2d(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    options = _options("Conv2D", **_layer_window(wrapper), **_dilation(wrapper.layer))
     version = 3 if wrapper.layer.groups == 1 else 6
-    return _options("Conv2D", **_window(wrapper), **_dilation(wrapper.layer)), constants, version
+    writer.operator("CONV_2D", [*inputs, *writer.weights(wrapper)], output, options, version)
 
 
-def _depthwise_conv_2d(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    constants = writer.weights(wrapper)
-    options = _options(
-        "DepthwiseConv2D",
-        depthMultiplier=wrapper.layer.depth_multiplier,
-        **_window(wrapper),
-        **_dilation(wrapper.layer),
-    )
-    return options, constants, 3
+def _depthwise_conv_2d(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    multiplier = {"depthMultiplier": wrapper.layer.depth_multiplier}
+    options = _options("DepthwiseConv2D", **multiplier, **_layer_window(wrapper), **_dilation(wrapper.layer))
+    writer.operator("DEPTHWISE_CONV_2D", [*inputs, *writer.weights(wrapper)], output, options, 3)
 
 
-def _transpose_conv(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
+def _transpose_conv(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
     kernel, bias = writer.weights(wrapper)
     shape = writer.integers(wrapper, "output_shape", writer.shape(wrapper.operator.output))
     # Version 4 brought the fused activation; version 3 the bias.
     version = 3 if wrapper.operator.fused_activation == "NONE" else 4
-    return _options("TransposeConv", **_window(wrapper)), [shape, kernel, "x", bias], version
+    options = _options("TransposeConv", **_layer_window(wrapper))
+    writer.operator("TRANSPOSE_CONV", [shape, kernel, *inputs, bias], output, options, version)
 
 
-def _fully_connected(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    constants = writer.weights(wrapper)
+def _fully_connected(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
     keep = len(writer.shape(wrapper.operator.output)) > 2
     options = _options("FullyConnected", fusedActivationFunction=_fused(wrapper), keepNumDims=keep)
-    return options, constants, 5 if keep else 4
+    writer.operator("FULLY_CONNECTED", [*inputs, *writer.weights(wrapper)], output, options, 5 if keep else 4)
 
 
-def _pool_2d(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    height, width = wrapper.layer.pool_size
-    return _options("Pool2D", filterHeight=height, filterWidth=width, **_window(wrapper)), [], 2
+def _pool_2d(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    settings = wrapper.layer.options
+    height, width = settings["pool_size"]
+    window = _window(wrapper, settings["strides"], settings["padding"])
+    options = _options("Pool2D", filterHeight=height, filterWidth=width, **window)
+    writer.operator(wrapper.operator.kind, inputs, output, options, 2)
 
 
-def _reduce(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    options = _options("Reducer", keepDims=bool(wrapper.layer.keepdims))
-    return options, [writer.integers(wrapper, "axes", [1, 2])], 2
+def _reduce(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    settings = wrapper.layer.options
+    options = _options("Reducer", keepDims=settings["keepdims"])
+    axes = writer.integers(wrapper, "axes", settings["axes"])
+    writer.operator(wrapper.operator.kind, [*inputs, axes], output, options, 2)
 
 
-def _concatenation(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    rank = len(writer.shape(wrapper.operator.output))
-    return _options("Concatenation", axis=wrapper.layer.axis % rank), [], 2
+def _batch_matmul(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    settings = wrapper.layer.options
+    options = _options("BatchMatMul", adjX=settings["adj_x"], adjY=settings["adj_y"])
+    writer.operator("BATCH_MATMUL", inputs, output, options, 2)
 
 
-def _pad(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    return (
-        _options("Pad"),
-        [writer.integers(wrapper, "paddings", [(0, 0), *wrapper.layer.padding, (0, 0)])],
-        2,
-    )
+def _concatenation(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    options = _options("Concatenation", axis=wrapper.layer.options["axis"])
+    writer.operator("CONCATENATION", inputs, output, options, 2)
 
 
-def _strided_slice(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    shape = writer.shape(wrapper.operator.inputs[0])
-    (top, bottom), (left, right) = wrapper.layer.cropping
-    begin, end = (0, top, left, 0), (shape[0], shape[1] - bottom, shape[2] - right, shape[3])
-    operands = [("begin", begin), ("end", end), ("strides", (1, 1, 1, 1))]
-    return _options("StridedSlice"), [writer.integers(wrapper, *operand) for operand in operands], 2
+def _paddings(writer: _Writer, wrapper: QuantizeWrapper) -> int:
+    return writer.integers(wrapper, "paddings", [(0, 0), *wrapper.layer.options["paddings"]])
 
 
-def _reshape(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
+def _rank_version(writer: _Writer, wrapper: QuantizeWrapper, up_to_4: int, beyond: int) -> int:
+    ranks = [len(writer.shape(name)) for name in (*wrapper.operator.inputs, wrapper.operator.output)]
+    return up_to_4 if max(ranks) <= 4 else beyond
+
+
+def _pad(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    version = _rank_version(writer, wrapper, 2, 4)
+    writer.operator("PAD", [*inputs, _paddings(writer, wrapper)], output, _options("Pad"), version)
+
+
+def _mirror_pad(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    mode = getattr(schema.MirrorPadMode, wrapper.layer.options["mode"].upper())
+    writer.operator("MIRROR_PAD", [*inputs, _paddings(writer, wrapper)], output, _options("MirrorPad", mode=mode), 2)
+
+
+def _strided_slice(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    settings = wrapper.layer.options
+    batch = {"begin": 0, "end": writer.batch_size, "strides": 1}
+    operands = [writer.integers(wrapper, role, (first, *settings[role])) for role, first in batch.items()]
+    version = _rank_version(writer, wrapper, 2, 4)
+    writer.operator("STRIDED_SLICE", [*inputs, *operands], output, _options("StridedSlice"), version)
+
+
+def _reshape(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
     shape = writer.shape(wrapper.operator.output)
-    return (
-        _options("Reshape", newShape=np.asarray(shape, np.int32)),
-        [writer.integers(wrapper, "shape", shape)],
-        1,
-    )
+    options = _options("Reshape", newShape=np.asarray(shape, np.int32))
+    writer.operator("RESHAPE", [*inputs, writer.integers(wrapper, "shape", shape)], output, options)
 
 
-def _transpose(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    return _options("Transpose"), [writer.integers(wrapper, "permutation", (0, *wrapper.layer.dims))], 2
+def _transpose(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    permutation = wrapper.layer.options["permutation"]
+    version = {5: 4, 6: 6}.get(len(permutation), 2)
+    operand = writer.integers(wrapper, "permutation", permutation)
+    writer.operator("TRANSPOSE", [*inputs, operand], output, _options("Transpose"), version)
 
 
-def _resize_to(writer: _Writer, wrapper: QuantizeWrapper) -> int:
-    return writer.integers(wrapper, "size", writer.shape(wrapper.operator.output)[1:3])
+def _tile(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    multiples = writer.integers(wrapper, "multiples", (1, *wrapper.layer.options["multiples"]))
+    writer.operator("TILE", [*inputs, multiples], output, _options("Tile"), 3)
 
 
-def _resize_nearest(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    return _options("ResizeNearestNeighbor"), [_resize_to(writer, wrapper)], 2
+def _gather(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    writer.operator("GATHER", inputs, output, _options("Gather", axis=wrapper.layer.options["axis"]), 2)
 
 
-def _resize_bilinear(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    return _options("ResizeBilinear", halfPixelCenters=True), [_resize_to(writer, wrapper)], 3
-
-
-def _minimum(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-    name, maximum = f"{wrapper.operator.name}/maximum", wrapper.layer.maximum
-    if not wrapper.operator.quantized:
-        return _options("MaximumMinimum"), [writer.constant(name, np.array([maximum], np.float32))], 1
-    quantizer = wrapper.output_quantizer
-    assert quantizer is not None
-    integer = kernels.quantized_constant(maximum, wrapper.grid(quantizer)).numpy()
-    constant = writer.constant(name, np.array([integer], np.int8), writer.quantization(quantizer))
-    return _options("MaximumMinimum"), [constant], 2
-
-
-def _plain(name: str | None, version: int, **fields: Callable[[QuantizeWrapper], Any]):
-    """An operator without constant operands; `fields` compute its options from the wrapper."""
-
-    def emit(writer: _Writer, wrapper: QuantizeWrapper) -> Emitted:
-        options = _options(name, **{field: value(wrapper) for field, value in fields.items()}) if name else None
-        return options, [], version
+def _resize(name: str) -> Emitter:
+    def emit(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+        size = writer.integers(wrapper, "size", wrapper.layer.options["size"])
+        options = _options(name, halfPixelCenters=True)
+        writer.operator(wrapper.operator.kind, [*inputs, size], output, options, 3)
 
     return emit
 
 
-_EMITTERS: dict[str, Callable[[_Writer, QuantizeWrapper], Emitted]] = {
+def _table(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    """A function that the runtime lacks: look each byte up in a table of 256.
+
+    CAST to uint8 wraps, so -128 .. -1 become 128 .. 255, and the table is stored in that order.
+    """
+    name = wrapper.operator.output
+    source, target = wrapper.input_quantizers[0], wrapper.output_quantizer
+    assert source is not None and target is not None
+    every = tf.range(-128, 128, dtype=tf.float32)
+    grids = wrapper.grid(source), wrapper.grid(target)
+    values = kernels.KERNELS["TABLE"](wrapper.layer, [every], grids[:1], grids[1], "NONE").numpy()
+    quantization = writer.quantization(target)
+    table = writer.constant(f"{name}/table", np.roll(values, 128).astype(np.int8), quantization)
+    shape = writer.shape(name)
+    bytes_, indices = (writer.tensor(f"{name}/{dtype}", shape, dtype) for dtype in ("uint8", "int32"))
+    writer.operator("CAST", inputs, bytes_, _cast("INT8", "UINT8"), 3)
+    writer.operator("CAST", [bytes_], indices, _cast("UINT8", "INT32"), 3)
+    writer.operator("GATHER", [table, indices], output, _options("Gather", axis=0), 2)
+
+
+def _rsqrt(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+    """On integers the epsilon is far below a step, and the kernel saturates at 0; in float it is an ADD."""
+    name, epsilon = wrapper.operator.output, wrapper.layer.options.get("epsilon", 0.0)
+    if not wrapper.operator.quantized and epsilon:
+        constant = writer.constant(f"{name}/epsilon", np.array([epsilon], np.float32))
+        shifted = writer.tensor(f"{name}/shifted", writer.shape(name), np.float32)
+        writer.operator("ADD", [*inputs, constant], shifted, _options("Add"))
+        inputs = [shifted]
+    writer.operator("RSQRT", inputs, output, None, 2)
+
+
+def _cast(from_type: str, to_type: str):
+    types = (getattr(schema.TensorType, name) for name in (from_type, to_type))
+    return _options("Cast", **dict(zip(("inDataType", "outDataType"), types, strict=True)))
+
+
+def _plain(name: str | None, version: int, beyond_rank_4: int | None = None, **fields: Callable) -> Emitter:
+    """An operator without operands of its own; `fields` compute its options from the wrapper."""
+
+    def emit(writer: _Writer, wrapper: QuantizeWrapper, inputs, output) -> None:
+        options = _options(name, **{field: value(wrapper) for field, value in fields.items()}) if name else None
+        chosen = _rank_version(writer, wrapper, version, beyond_rank_4 or version)
+        writer.operator(wrapper.operator.kind, inputs, output, options, chosen)
+
+    return emit
+
+
+def _setting(key: str, default=None) -> Callable[[QuantizeWrapper], Any]:
+    return lambda wrapper: wrapper.layer.options.get(key, default)
+
+
+_EMITTERS: dict[str, Emitter] = {
     "CONV_2D": _conv_2d,
     "DEPTHWISE_CONV_2D": _depthwise_conv_2d,
     "TRANSPOSE_CONV": _transpose_conv,
     "FULLY_CONNECTED": _fully_connected,
+    "BATCH_MATMUL": _batch_matmul,
     "ADD": _plain("Add", 2, fusedActivationFunction=_fused),
+    "SUB": _plain("Sub", 2, 3, fusedActivationFunction=_fused),
     "MUL": _plain("Mul", 2, fusedActivationFunction=_fused),
+    "MAXIMUM": _plain("MaximumMinimum", 2, 3),
+    "MINIMUM": _plain("MaximumMinimum", 2, 3),
     "CONCATENATION": _concatenation,
     "MAX_POOL_2D": _pool_2d,
     "AVERAGE_POOL_2D": _pool_2d,
     "MEAN": _reduce,
+    "SUM": _reduce,
     "REDUCE_MAX": _reduce,
+    "REDUCE_MIN": _reduce,
     "PAD": _pad,
+    "MIRROR_PAD": _mirror_pad,
     "STRIDED_SLICE": _strided_slice,
     "RESHAPE": _reshape,
     "TRANSPOSE": _transpose,
-    "RESIZE_NEAREST_NEIGHBOR": _resize_nearest,
-    "RESIZE_BILINEAR": _resize_bilinear,
+    "TILE": _tile,
+    "GATHER": _gather,
+    "SPACE_TO_DEPTH": _plain("SpaceToDepth", 2, blockSize=_setting("block_size")),
+    "DEPTH_TO_SPACE": _plain("DepthToSpace", 2, blockSize=_setting("block_size")),
+    "RESIZE_NEAREST_NEIGHBOR": _resize("ResizeNearestNeighbor"),
+    "RESIZE_BILINEAR": _resize("ResizeBilinear"),
     "QUANTIZE": _plain(None, 1),
     "RELU": _plain(None, 2),
     "RELU6": _plain(None, 2),
-    "MINIMUM": _minimum,
-    "LEAKY_RELU": _plain("LeakyRelu", 1, alpha=lambda wrapper: float(wrapper.layer.negative_slope)),
-    "SOFTMAX": _plain("Softmax", 2, beta=lambda wrapper: 1.0),
+    "LEAKY_RELU": _plain("LeakyRelu", 1, alpha=_setting("alpha")),
+    "PRELU": _plain(None, 1),
+    "ELU": _plain(None, 1),
+    "GELU": _plain("Gelu", 2, approximate=_setting("approximate")),
+    "HARD_SWISH": _plain(None, 1),
+    "ABS": _plain("Abs", 2),
+    "EXP": _plain("Exp", 2),
+    "LOG": _plain(None, 2),
+    "RSQRT": _rsqrt,
+    "TABLE": _table,
     "LOGISTIC": _plain(None, 2),
     "TANH": _plain(None, 2),
-    "HARD_SWISH": _plain(None, 1),
+    "SOFTMAX": _plain("Softmax", 2, beta=_setting("beta", 1.0)),
+    "L2_NORMALIZATION": _plain("L2Norm", 2),
 }

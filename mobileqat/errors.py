@@ -7,6 +7,7 @@
     │   └── UnsupportedModelError  layers without a rule; lists all of them at once
     ├── FlatbufferError            a .tflite file: missing, truncated, not a flatbuffer
     ├── RuntimeUnavailableError    an interpreter that is not installed or cannot run the file
+    ├── LegacyUnavailableError     tf_keras or TFMOT is not installed
     ├── CalibrationError           activation ranges missing, collapsed or not finite
     ├── RunDirectoryError          a run directory: locked, from another recipe, not writable
     └── CheckFailed                exit 1: the request was carried out and a check did not pass
@@ -46,6 +47,10 @@ class FlatbufferError(MobileQatError):
 
 class RuntimeUnavailableError(MobileQatError):
     """An interpreter is not installed, or refuses the file."""
+
+
+class LegacyUnavailableError(MobileQatError):
+    """`tf_keras` or TFMOT is not installed."""
 
 
 class CalibrationError(MobileQatError):

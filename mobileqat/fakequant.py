@@ -126,6 +126,18 @@ class FakeQuantize(keras.layers.Layer):
         self.range_sum.assign(total)
         self.range_weight.assign(weight)
 
+    def inference_parameters(self):
+        """`parameters`, computed once in each traced graph: every reader of a tensor asks for them."""
+        if tf.executing_eagerly():
+            return self.parameters()
+        # Kept by the graph, so that both are let go together.
+        graph = tf.compat.v1.get_default_graph()
+        if not hasattr(graph, "mobileqat_grids"):
+            graph.mobileqat_grids = {}
+        if id(self) not in graph.mobileqat_grids:
+            graph.mobileqat_grids[id(self)] = self, self.parameters()
+        return graph.mobileqat_grids[id(self)][1]
+
     def parameters(self):
         """Scale and zero point as float32 scalars; the same arithmetic as `numerics.quantization_parameters`."""
         if self.fixed is not None:
@@ -149,24 +161,26 @@ class FakeQuantize(keras.layers.Layer):
         scale, zero_point = (ops.convert_to_numpy(value) for value in self.parameters())
         return np.float32(scale), int(zero_point)
 
-    def observe(self, x, member: str) -> None:
-        """Moves a member's range towards the range of this batch."""
+    def observe(self, x, member: str, ema_decay: float | None = None) -> None:
+        """Moves a member's range towards the range of this batch, by the layer's `ema_decay` or another."""
         row = self.members.index(member)
         batch = tf.stack([tf.reduce_min(x), tf.reduce_max(x)])
-        decay = tf.one_hot(row, len(self.members)) * (self.ema_decay - 1.0) + 1.0
+        own_decay = self.ema_decay if ema_decay is None else ema_decay
+        decay = tf.one_hot(row, len(self.members)) * (own_decay - 1.0) + 1.0
         self.range_sum.assign(self.range_sum * decay[:, None] + (1.0 - decay)[:, None] * batch)
         self.range_weight.assign(self.range_weight * decay + (1.0 - decay))
 
-    def call(self, inputs, member: str | None = None, training=None):
+    def call(self, inputs, member: str | None = None, training=None, ema_decay: float | None = None):
         """Fake-quantizes `inputs` of any shape to float32; observes them first when training an observed member."""
         x = tf.cast(inputs, tf.float32)
-        if training and self.trainable and self.observing and self.is_learned and member is not None:
-            self.observe(tf.stop_gradient(x), member)
-        scale, zero_point = self.parameters()
+        is_member = member is not None and member in self.members
+        if training and self.trainable and self.observing and self.is_learned and is_member:
+            self.observe(tf.stop_gradient(x), str(member), ema_decay)
+        scale, zero_point = self.parameters() if training else self.inference_parameters()
         if training:
             low, high = scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)
             x = tf.quantization.fake_quant_with_min_max_vars(
-                x, low, high, num_bits=self.spec.bits, narrow_range=self.spec.symmetric
+                x, low, high, num_bits=self.spec.bits, narrow_range=self.spec.qmin == -self.spec.qmax
             )
         else:
             x = self.snap(x, scale, zero_point)

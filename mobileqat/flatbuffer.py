@@ -627,7 +627,11 @@ def _islands(model: Model) -> Iterator[Island]:
                 continue
             indices = dict.fromkeys((*operator.inputs, *operator.outputs))
             used = [subgraph.tensors[index] for index in indices if index != -1]
-            foreign = [t for t in used if not (t.dtype in _INTEGER_TYPES or _is_byte_interface(t, interface))]
+            foreign = [
+                t
+                for t in used
+                if not (t.dtype in _INTEGER_TYPES or _is_byte_interface(t, interface) or _is_index(operator, t))
+            ]
             if foreign:
                 names = tuple(tensor.name for tensor in foreign)
                 yield Island(operator.index, operator.name, names, _reason(used, foreign), subgraph_index)
@@ -636,6 +640,11 @@ def _islands(model: Model) -> Iterator[Island]:
         if index not in touched and model.tensors[index].is_float:
             tensor = model.tensors[index]
             yield Island(None, "", (tensor.name,), f"{tensor.dtype} input or output that no operator touches")
+
+
+def _is_index(operator: Operator, tensor: Tensor) -> bool:
+    """Plain bytes on their way from int8 to the indices of a table."""
+    return operator.name == "CAST" and tensor.dtype == "uint8" and tensor.scales is None
 
 
 def _is_byte_interface(tensor: Tensor, interface: set[int]) -> bool:

@@ -11,12 +11,17 @@ Rounding, where each operator does it:
     add                  21-bit multipliers, arithmetic shift, ties up
     average pool         integer division of the sum over the valid window, ties away from zero
     leaky ReLU, requant. 8-bit fixed point, ties up
-    tables               float32 function values, ties away from zero (LOGISTIC, TANH), or fixed point (HARD_SWISH)
+    sub                  as add; sum as mean
+    batch matmul         as conv where the right operand's zero point is 0, else LiteRT's 32-bit fixed point
+    abs, prelu, l2, rsqrt  LiteRT's 32-bit fixed point, rounded twice
+    tables               float32 function values; ties to even after the zero point is added (LOGISTIC, TANH, ELU), away
+                         from zero before (GELU, EXP, LOG), or 16-bit fixed point (HARD_SWISH)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import keras
@@ -24,6 +29,23 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat.fakequant import product, quotient, round_half_away
+from mobileqat.fixed_point import (
+    divide_rounding_to_zero,
+    doubling_high_multiply,
+    exponent_of,
+    float64,
+    high_multiply,
+    int32,
+    inverse_square_root,
+    multiplier_16,
+    multiplier_32,
+    multiply,
+    power_of_two,
+    rounding_shift,
+    rounding_shift_64,
+    shift_right,
+)
+from mobileqat.primitives import FLOAT
 
 
 class Grid(NamedTuple):
@@ -103,37 +125,28 @@ def requantize(accumulators, scale, output: Grid, activation: str):
 # ------------------------------------------------------------------ element by element
 
 
-def _int32(x):
-    return tf.cast(x, tf.int32)
-
-
 def _centred(x, grid: Grid):
-    return _int32(x) - _int32(grid.zero_point)
+    return int32(x) - int32(grid.zero_point)
 
 
-def _exponent(x):
-    """floor(log2(x)) of a positive float32, from its bits."""
-    return tf.bitwise.right_shift(tf.bitcast(x, tf.int32), 23) - 127
-
-
-def _power_of_two(exponent):
-    return tf.bitcast(tf.bitwise.left_shift(exponent + 127, 23), tf.float32)
-
-
-def _shift_right(x, bits):
-    return tf.bitwise.right_shift(x, tf.broadcast_to(bits, tf.shape(x)))
+def _weighted_sum(inputs, grids, output: Grid, activation: str, signs):
+    ratios = [quotient(grid.scale, output.scale) for grid in grids]
+    shift = 20 - exponent_of(tf.maximum(*ratios))
+    a, b = (
+        _centred(x, grid) * (sign * int32(tf.round(ratio * power_of_two(shift))))
+        for x, grid, ratio, sign in zip(inputs, grids, ratios, signs, strict=True)
+    )
+    half = tf.bitwise.left_shift(tf.constant(1), shift - 1)
+    integers = tf.cast(shift_right(a + b + half, shift), tf.float32) + output.zero_point
+    return tf.clip_by_value(integers, *output.clamp(activation))
 
 
 def add(layer, inputs, grids, output: Grid, activation: str):
-    ratios = [quotient(grid.scale, output.scale) for grid in grids]
-    shift = 20 - _exponent(tf.maximum(*ratios))
-    terms = [
-        _centred(x, grid) * _int32(tf.round(ratio * _power_of_two(shift)))
-        for x, grid, ratio in zip(inputs, grids, ratios, strict=True)
-    ]
-    half = tf.bitwise.left_shift(tf.constant(1), shift - 1)
-    integers = tf.cast(_shift_right(terms[0] + terms[1] + half, shift), tf.float32) + output.zero_point
-    return tf.clip_by_value(integers, *output.clamp(activation))
+    return _weighted_sum(inputs, grids, output, activation, (1, 1))
+
+
+def sub(layer, inputs, grids, output: Grid, activation: str):
+    return _weighted_sum(inputs, grids, output, activation, (1, -1))
 
 
 def mul(layer, inputs, grids, output: Grid, activation: str):
@@ -151,13 +164,13 @@ def _fixed_point_8(centred, multiplier, output: Grid):
 def leaky_relu(layer, inputs, grids, output: Grid, activation: str):
     centred = _centred(inputs[0], grids[0])
     ratio = quotient(grids[0].scale, output.scale)
-    positive = _int32(tf.round(256.0 * ratio))
-    negative = _int32(tf.round(256.0 * product(ratio, np.float32(layer.negative_slope))))
+    positive = int32(tf.round(256.0 * ratio))
+    negative = int32(tf.round(256.0 * product(ratio, np.float32(layer.options["alpha"]))))
     return _fixed_point_8(centred, tf.where(centred >= 0, positive, negative), output)
 
 
 def requantize_int8(layer, inputs, grids, output: Grid, activation: str):
-    multiplier = _int32(tf.round(256.0 * quotient(grids[0].scale, output.scale)))
+    multiplier = int32(tf.round(256.0 * quotient(grids[0].scale, output.scale)))
     return _fixed_point_8(_centred(inputs[0], grids[0]), multiplier, output)
 
 
@@ -165,120 +178,205 @@ def relu6(layer, inputs, grids, output: Grid, activation: str):
     return tf.clip_by_value(inputs[0], *output.clamp("RELU6"))
 
 
-def minimum(layer, inputs, grids, output: Grid, activation: str):
-    return tf.minimum(inputs[0], quantized_constant(layer.maximum, output))
-
-
-def quantized_constant(value: float, grid: Grid):
-    """The integer that stands for a constant operand on a tensor's grid."""
-    integer = round_half_away(quotient(value, grid.scale)) + grid.zero_point
-    return tf.clip_by_value(integer, float(grid.qmin), float(grid.qmax))
-
-
 # ------------------------------------------------------------------ tables of 256 entries
 
 
 def _look_up(x, table):
-    return tf.gather(table, _int32(x) + 128)
+    return tf.gather(table, int32(x) + 128)
 
 
 def _function_table(function: Callable) -> Kernel:
+    """The delegate's table: the zero point is added in float32, then ties go to even."""
+
     def kernel(layer, inputs, grids, output: Grid, activation: str):
         integers = tf.range(-128, 128, dtype=tf.float32)
         real = (integers - grids[0].zero_point) * grids[0].scale
         # float64 rounded once stands for the C library's correctly rounded float32 functions.
-        values = tf.cast(function(tf.cast(real, tf.float64)), tf.float32)
-        table = round_half_away(values * quotient(1.0, output.scale) + output.zero_point)
+        values = tf.cast(function(float64(real)), tf.float32)
+        table = tf.round(values * quotient(1.0, output.scale) + output.zero_point)
         return _look_up(inputs[0], tf.clip_by_value(table, float(output.qmin), float(output.qmax)))
 
     return kernel
 
 
-def _divide_rounding_to_zero(x, divisor: int):
-    return tf.where(x >= 0, x // divisor, -((-x) // divisor))
-
-
-def _doubling_high_multiply(a, b):
-    """int16 saturating rounding doubling multiply, the high half: round(a * b / 2**15)."""
-    product = a * b
-    nudged = tf.where(product >= 0, product + (1 << 14), product + 1 - (1 << 14))
-    return tf.clip_by_value(_divide_rounding_to_zero(nudged, 1 << 15), -32768, 32767)
-
-
-def _rounding_shift(x, bits):
-    """Division by 2**bits, ties away from zero; bits >= 0."""
-    mask = tf.bitwise.left_shift(tf.constant(1), bits) - 1
-    remainder = tf.bitwise.bitwise_and(x, mask)
-    threshold = tf.bitwise.right_shift(mask, 1) + tf.cast(x < 0, tf.int32)
-    return _shift_right(x, bits) + tf.cast(remainder > threshold, tf.int32)
-
-
-def _multiplier_16(ratio):
-    """A positive ratio as (int16 mantissa, exponent): ratio = mantissa / 2**15 * 2**exponent."""
-    exponent = _exponent(ratio) + 1
-    mantissa = tf.cast(ratio, tf.float64) / tf.cast(_power_of_two(exponent), tf.float64)
-    fixed = tf.floor(mantissa * 2.0**31 + 0.5)
-    return _int32(tf.minimum(tf.floor((fixed + 2.0**15) / 2.0**16), 32767.0)), exponent
+def _sigmoid(x):
+    """The delegate's float32 steps: near a tie they show."""
+    return 1.0 / _rounded(1.0 + _rounded(tf.exp(-x)))
 
 
 def hard_swish(layer, inputs, grids, output: Grid, activation: str):
     """LiteRT's HARD_SWISH: x on a grid 128 times finer, times a gate in [0, 1] on a 16-bit grid of 3 / 2**15."""
     fine = grids[0].scale * (1.0 / 128.0)
-    output_mantissa, output_exponent = _multiplier_16(quotient(fine, output.scale))
-    gate_mantissa, gate_exponent = _multiplier_16(quotient(fine, np.float32(3 / 32768)))
-    x = (tf.range(-128, 128) - _int32(grids[0].zero_point)) * 128
-    scaled = _doubling_high_multiply(x, output_mantissa)
+    output_mantissa, output_exponent = multiplier_16(quotient(fine, output.scale))
+    gate_mantissa, gate_exponent = multiplier_16(quotient(fine, np.float32(3 / 32768)))
+    x = (tf.range(-128, 128) - int32(grids[0].zero_point)) * 128
+    scaled = doubling_high_multiply(x, output_mantissa)
     # A left shift is done in two saturating parts around the multiplication, a right shift after it.
     left, right = tf.maximum(gate_exponent, 0), tf.maximum(-gate_exponent, 0)
     before = tf.where(left > 0, left - 1, 0)
     gate = tf.clip_by_value(tf.bitwise.left_shift(x, tf.broadcast_to(before, x.shape)), -32768, 32767)
-    gate = _doubling_high_multiply(gate, gate_mantissa)
+    gate = doubling_high_multiply(gate, gate_mantissa)
     gate = tf.clip_by_value(tf.where(left > 0, gate * 2, gate), -32768, 32767)
-    gate = tf.bitwise.right_shift(_rounding_shift(gate, right) + (1 << 15), 1)
-    product = tf.clip_by_value(_divide_rounding_to_zero(gate * scaled, 1 << 15), -32768, 32767)
-    shifted = _rounding_shift(product, tf.maximum(-output_exponent, 0))
+    gate = tf.bitwise.right_shift(rounding_shift(gate, right) + (1 << 15), 1)
+    product = tf.clip_by_value(divide_rounding_to_zero(gate * scaled, 1 << 15), -32768, 32767)
+    shifted = rounding_shift(product, tf.maximum(-output_exponent, 0))
     table = tf.cast(shifted, tf.float32) + output.zero_point
     return _look_up(inputs[0], tf.clip_by_value(table, float(output.qmin), float(output.qmax)))
 
 
+def _litert_table(function: Callable):
+    """LiteRT's own table (the delegate's is `_function_table`): rounds before the zero point is added."""
+
+    def kernel(layer, inputs, grids, output: Grid, activation: str):
+        real = (tf.range(-128, 128, dtype=tf.float32) - grids[0].zero_point) * grids[0].scale
+        values = tf.cast(function(layer, float64(real), output), tf.float32)
+        table = round_half_away(values * quotient(1.0, output.scale)) + output.zero_point
+        return _look_up(inputs[0], tf.clip_by_value(table, float(output.qmin), float(output.qmax)))
+
+    return kernel
+
+
+def _gelu(layer, x, output):
+    """The kernel's float32 steps, each from float64: near a tie the order of roundings shows."""
+    if layer.options.get("approximate"):
+        cubed = _rounded(_rounded(_rounded(np.float32(0.044715) * x) * x) * x)
+        gate = _rounded(1.0 + _rounded(tf.tanh(_rounded(np.float32(np.sqrt(2.0 / np.pi)) * _rounded(x + cubed)))))
+    else:
+        gate = _rounded(tf.math.erfc(_rounded(x * np.float32(-np.sqrt(0.5)))))
+    return 0.5 * x * gate
+
+
+def _rounded(x):
+    return float64(tf.cast(x, tf.float32))
+
+
+def _log(layer, x, output: Grid):
+    lowest = float64(output.scale) * (output.qmin - float64(output.zero_point))
+    return tf.where(x > 0.0, tf.math.log(tf.where(x > 0.0, x, 1.0)), lowest)
+
+
+def table(layer, inputs, grids, output: Grid, activation: str):
+    """A function that the runtime has no operator for: a table of our own, correctly rounded, ties away from zero."""
+    function = partial(FLOAT["TABLE"], **layer.options)
+    real = (tf.range(-128, 128, dtype=tf.float32) - grids[0].zero_point) * grids[0].scale
+    values = tf.cast(function(float64(real)), tf.float32)
+    values = tf.where(tf.math.is_nan(values), tf.zeros_like(values), values)
+    integers = round_half_away(values * quotient(1.0, output.scale)) + output.zero_point
+    return _look_up(inputs[0], tf.clip_by_value(integers, float(output.qmin), float(output.qmax)))
+
+
 def softmax(layer, inputs, grids, output: Grid, activation: str):
     steps = tf.range(256, dtype=tf.float32)
-    table = tf.cast(tf.exp(tf.cast(-grids[0].scale * steps, tf.float64)), tf.float32)
+    scale = product(grids[0].scale, np.float32(layer.options.get("beta", 1.0)))
+    table = tf.cast(tf.exp(float64(-scale * steps)), tf.float32)
     x = inputs[0]
-    exponentials = tf.gather(table, _int32(tf.reduce_max(x, -1, keepdims=True) - x))
+    exponentials = tf.gather(table, int32(tf.reduce_max(x, -1, keepdims=True) - x))
     # A running sum adds in the kernel's order; a tree would round differently.
     total = tf.cumsum(exponentials, axis=-1)[..., -1:]
     integers = round_half_away(exponentials * (1.0 / (total * output.scale))) + output.zero_point
     return tf.clip_by_value(integers, float(output.qmin), float(output.qmax))
 
 
-# ------------------------------------------------------------------ over space
+# ------------------------------------------------------------------ LiteRT's 32-bit fixed point
+
+
+def _emit(integers, output: Grid, activation: str = "NONE"):
+    return tf.clip_by_value(tf.cast(integers, tf.float32) + output.zero_point, *output.clamp(activation))
+
+
+def absolute(layer, inputs, grids, output: Grid, activation: str):
+    magnitude = tf.abs(_centred(inputs[0], grids[0]))
+    # A ratio of 1 (the mantissa is then 2**30, the exponent 1) leaves integers as they are.
+    return _emit(multiply(magnitude, multiplier_32(float64(quotient(grids[0].scale, output.scale)))), output)
+
+
+def prelu(layer, inputs, grids, output: Grid, activation: str):
+    """Second input: the slopes, on a grid of their own."""
+    x, slope = (_centred(*operand) for operand in zip(inputs, grids, strict=True))
+    positive = multiplier_32(float64(quotient(grids[0].scale, output.scale)))
+    negative = multiplier_32(float64(quotient(product(grids[0].scale, grids[1].scale), output.scale)))
+    scaled = tf.where(x >= 0, multiply(x + 0 * slope, positive), multiply(x * slope, negative))
+    return _emit(scaled, output)
+
+
+def l2_normalization(layer, inputs, grids, output: Grid, activation: str):
+    """Over the last axis; the output grid is fixed at scale 1 / 128, zero point 0."""
+    x = tf.cast(_centred(inputs[0], grids[0]), tf.int64)
+    mantissa, exponent = inverse_square_root(tf.reduce_sum(x * x, -1, keepdims=True))
+    scaled = multiply(x, (mantissa, exponent + 7))
+    return tf.clip_by_value(tf.cast(scaled, tf.float32), -128.0, 127.0)
+
+
+def rsqrt(layer, inputs, grids, output: Grid, activation: str):
+    """Inputs below the zero point make the runtime fail; here they give the largest integer, as 0 does."""
+    centred = tf.range(256, dtype=tf.int64)
+    mantissa, exponent = inverse_square_root(tf.maximum(centred, 1))
+    exponent = exponent + 20
+    left, right = tf.maximum(exponent, 0), tf.maximum(-exponent, 0)
+    inverse = rounding_shift_64(high_multiply(tf.bitwise.left_shift(tf.ones_like(left), left), mantissa), right)
+    scale = multiplier_32(1.0 / float64(product(tf.cast(tf.sqrt(float64(grids[0].scale)), tf.float32), output.scale)))
+    values = _emit(multiply(inverse, (scale[0], scale[1] - 20)), output)
+    table = tf.where(centred == 0, 127.0, values)
+    return tf.gather(table, tf.maximum(_centred(inputs[0], grids[0]), 0))
+
+
+# ------------------------------------------------------------------ sums
+
+
+def _reduced(layer, x):
+    axes = tuple(int(axis) for axis in layer.options["axes"])
+    return axes, float(np.prod([x.shape[axis] for axis in axes]))
+
+
+def _scaled_sum(layer, x, axes, count, scale, grid: Grid, output: Grid):
+    total = tf.cast(tf.reduce_sum(int32(x), axis=axes, keepdims=bool(layer.options["keepdims"])), tf.float32)
+    offset = output.zero_point - grid.zero_point * count * scale
+    return tf.clip_by_value(tf.round(total * scale + offset), float(output.qmin), float(output.qmax))
 
 
 def mean(layer, inputs, grids, output: Grid, activation: str):
-    x, count = inputs[0], float(inputs[0].shape[1] * inputs[0].shape[2])
-    total = tf.cast(tf.reduce_sum(_int32(x), axis=(1, 2), keepdims=bool(layer.keepdims)), tf.float32)
+    axes, count = _reduced(layer, inputs[0])
     scale = product(quotient(grids[0].scale, output.scale), np.float32(1) / np.float32(count))
-    offset = output.zero_point - grids[0].zero_point * count * scale
-    return tf.clip_by_value(tf.round(total * scale + offset), float(output.qmin), float(output.qmax))
+    return _scaled_sum(layer, inputs[0], axes, count, scale, grids[0], output)
+
+
+def sum_(layer, inputs, grids, output: Grid, activation: str):
+    axes, count = _reduced(layer, inputs[0])
+    return _scaled_sum(layer, inputs[0], axes, count, quotient(grids[0].scale, output.scale), grids[0], output)
+
+
+def batch_matmul(layer, inputs, grids, output: Grid, activation: str):
+    """The delegate takes a right operand with zero point 0, LiteRT itself the others: two roundings.
+
+    Sums are exact in float32 up to 2**24.
+    """
+    a, b = (x - grid.zero_point for x, grid in zip(inputs, grids, strict=True))
+    accumulators = tf.matmul(a, b, transpose_a=bool(layer.options["adj_x"]), transpose_b=bool(layer.options["adj_y"]))
+    scales = product(grids[0].scale, grids[1].scale)
+    delegated = requantize(accumulators, quotient(scales, output.scale), output, activation)
+    builtin = _emit(multiply(int32(accumulators), multiplier_32(float64(scales) / float64(output.scale))), output)
+    return tf.where(grids[1].zero_point == 0.0, delegated, builtin)
+
+
+# ------------------------------------------------------------------ over space
 
 
 def average_pool(layer, inputs, grids, output: Grid, activation: str):
     x = inputs[0]
-    window = tf.ones((*layer.pool_size, x.shape[-1], 1))
-    settings = (window, layer.strides, layer.padding)
-    total = _int32(keras.ops.depthwise_conv(x, *settings))
-    count = _int32(keras.ops.depthwise_conv(tf.ones_like(x[:1]), *settings))
+    window = tf.ones((*layer.options["pool_size"], x.shape[-1], 1))
+    settings = (window, layer.options["strides"], layer.options["padding"])
+    total = int32(keras.ops.depthwise_conv(x, *settings))
+    count = int32(keras.ops.depthwise_conv(tf.ones_like(x[:1]), *settings))
     magnitude = (tf.abs(total) + count // 2) // count
     return tf.cast(tf.sign(total) * magnitude, tf.float32)
 
 
 def resize_bilinear(layer, inputs, grids, output: Grid, activation: str):
     """Half-pixel centres, weights of 11 fractional bits, ties up."""
-    x = _int32(inputs[0])
-    rows, columns = layer.size
-    top, bottom, vertical = _bilinear_taps(x.shape[1], x.shape[1] * rows)
-    left, right, horizontal = _bilinear_taps(x.shape[2], x.shape[2] * columns)
+    x = int32(inputs[0])
+    rows, columns = layer.options["size"]
+    top, bottom, vertical = _bilinear_taps(x.shape[1], rows)
+    left, right, horizontal = _bilinear_taps(x.shape[2], columns)
 
     def blend_columns(line):
         a, b = tf.gather(line, left, axis=2), tf.gather(line, right, axis=2)
@@ -290,25 +388,39 @@ def resize_bilinear(layer, inputs, grids, output: Grid, activation: str):
 
 
 def _bilinear_taps(size: int, new_size: int):
-    ratio = tf.constant(size, tf.float32) / tf.constant(new_size, tf.float32)
-    centre = tf.maximum((tf.range(new_size, dtype=tf.float32) + 0.5) * ratio - 0.5, 0.0)
-    first = tf.minimum(_int32(tf.floor(centre)), size - 1)
-    weight = _int32(tf.round((centre - tf.cast(first, tf.float32)) * 2048.0))
-    return first, tf.minimum(first + 1, size - 1), weight
+    """Neighbours and weights; in NumPy, so that no graph optimizer touches the float32 arithmetic."""
+    ratio = np.float32(size) / np.float32(new_size)
+    centre = np.maximum(
+        (np.arange(new_size, dtype=np.float32) + np.float32(0.5)) * ratio - np.float32(0.5), np.float32(0)
+    )
+    first = np.minimum(np.floor(centre).astype(np.int32), size - 1)
+    weight = np.rint((centre - first.astype(np.float32)) * np.float32(2048)).astype(np.int32)
+    return first, np.minimum(first + 1, size - 1), weight
 
 
 KERNELS: dict[str, Kernel] = {
     "ADD": add,
+    "SUB": sub,
     "MUL": mul,
-    "RELU6": relu6,
-    "MINIMUM": minimum,
-    "LEAKY_RELU": leaky_relu,
-    "QUANTIZE": requantize_int8,
-    "LOGISTIC": _function_table(tf.sigmoid),
-    "TANH": _function_table(tf.tanh),
-    "HARD_SWISH": hard_swish,
-    "SOFTMAX": softmax,
+    "BATCH_MATMUL": batch_matmul,
     "MEAN": mean,
+    "SUM": sum_,
     "AVERAGE_POOL_2D": average_pool,
     "RESIZE_BILINEAR": resize_bilinear,
+    "QUANTIZE": requantize_int8,
+    "RELU6": relu6,
+    "LEAKY_RELU": leaky_relu,
+    "PRELU": prelu,
+    "ELU": _function_table(lambda x: tf.where(x < 0.0, tf.math.expm1(x), x)),
+    "GELU": _litert_table(_gelu),
+    "HARD_SWISH": hard_swish,
+    "ABS": absolute,
+    "EXP": _litert_table(lambda layer, x, output: tf.exp(x)),
+    "LOG": _litert_table(_log),
+    "RSQRT": rsqrt,
+    "TABLE": table,
+    "LOGISTIC": _function_table(_sigmoid),
+    "TANH": _function_table(tf.tanh),
+    "SOFTMAX": softmax,
+    "L2_NORMALIZATION": l2_normalization,
 }

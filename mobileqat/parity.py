@@ -10,6 +10,7 @@ left to them covers values of libm that differ between machines in the tables of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import keras
@@ -21,7 +22,7 @@ from mobileqat.convert import KERNEL_LAYOUTS
 from mobileqat.errors import DataError, FlatbufferError, ModelError
 from mobileqat.numerics import dequantize, quantize
 from mobileqat.quantize import QuantizedModel
-from mobileqat.rules import GONE
+from mobileqat.rules import CONSTANT, GONE
 from mobileqat.runtime import Session, available_runtimes
 
 
@@ -146,7 +147,7 @@ def verify(
     weights = compare_weights(model, file)
     operators = compare_operators(model, file, [array[:operator_samples] for array in arrays], bars, runtime)
     if simulated is None:
-        simulated = model.predict(arrays[0] if len(arrays) == 1 else arrays, batch_size=64, verbose=0)
+        simulated = model.predict(model.arrange(arrays), batch_size=64, verbose=0)
     if interpreted is None:
         interpreted = Session(file, runtime).predict(arrays)
     end_to_end = compare_outputs(output_integers(model, simulated), output_integers(model, interpreted))
@@ -185,7 +186,7 @@ def _as_list(arrays) -> list[np.ndarray]:
 def _require_same_tensors(model: QuantizedModel, file: flatbuffer.Model) -> None:
     shapes = {tensor.name: tensor.shape[1:] for tensor in file.tensors}
     for operator in model.plan.operators:
-        if operator.kind == GONE or not operator.quantized:
+        if operator.kind in (GONE, CONSTANT) or not operator.quantized:
             continue
         expected, received = model.plan.tensors[operator.output].shape, shapes.get(operator.output)
         if received != expected:
@@ -225,20 +226,29 @@ def _integers(model: QuantizedModel, name: str, real) -> np.ndarray:
 
 
 def compare_weights(model: QuantizedModel, file: flatbuffer.Model) -> WeightParity:
-    """Compares kernel and bias integers of every operator with weights."""
+    """Compares the integers of every kernel, bias and constant operand."""
     by_name = {tensor.name: tensor for tensor in file.tensors}
     compared = identical = 0
-    for name, wrapper in model.operators.items():
-        if wrapper.weight_spec is None:
-            continue
-        constants = wrapper.constants()
-        layout, _ = KERNEL_LAYOUTS[wrapper.operator.kind]
-        for role, expected in (("kernel", layout(constants["weights"], wrapper.layer)), ("bias", constants["bias"])):
-            stored = by_name[f"{name}/{role}"].data
-            compared += expected.size
-            if stored is not None and stored.shape == expected.shape:
-                identical += int(np.sum(stored == expected))
+    for name, expected in _stored(model):
+        stored = by_name[name].data
+        compared += expected.size
+        if stored is not None and name in model.plan.tensors and model.plan.tensors[name].has_batch:
+            stored = stored[:1]  # a constant that is repeated for every sample
+        if stored is not None and stored.shape == expected.shape:
+            identical += int(np.sum(stored == expected))
     return WeightParity(compared, identical)
+
+
+def _stored(model: QuantizedModel) -> Iterator[tuple[str, np.ndarray]]:
+    """What the file should hold: names and integers."""
+    for name, wrapper in model.operators.items():
+        if wrapper.operator.kind == CONSTANT and wrapper.operator.quantized:
+            yield name, wrapper.constant()
+        if wrapper.weight_spec is not None:
+            constants = wrapper.constants()
+            layout, _ = KERNEL_LAYOUTS[wrapper.operator.kind]
+            yield f"{name}/kernel", layout(constants["weights"], wrapper.layer)
+            yield f"{name}/bias", constants["bias"]
 
 
 # ------------------------------------------------------------------ operators
@@ -252,10 +262,10 @@ def compare_operators(
     results = []
     for wrapper in model.operators.values():
         operator = wrapper.operator
-        if operator.kind == GONE or not operator.quantized:
+        if operator.kind in (GONE, CONSTANT) or not operator.quantized:
             continue
         inputs = [_real(model, name, tensors[name]) for name in operator.inputs]
-        simulated = wrapper(inputs if len(inputs) > 1 else inputs[0], training=False)
+        simulated = np.asarray(wrapper(inputs if len(inputs) > 1 else inputs[0], training=False))
         expected = tensors[operator.output].astype(np.int32)
         difference = np.abs(_integers(model, operator.output, simulated) - expected)
         weighted = operator.kind in KERNEL_LAYOUTS
@@ -274,7 +284,7 @@ def compare_operators(
 
 
 def _real(model: QuantizedModel, name: str, integers: np.ndarray) -> np.ndarray:
-    return dequantize(integers, *model.quantizers[name].grid())
+    return dequantize(integers, *model.quantizers[name].grid()) if name in model.quantizers else integers
 
 
 def _quantize(model: QuantizedModel, name: str, real: np.ndarray) -> np.ndarray:
@@ -293,11 +303,16 @@ def _interpreter_tensors(model: QuantizedModel, file, arrays, runtime: str) -> d
     outputs = _as_list(session.predict(arrays))
     tensors = {row.name: array for row, array in zip(session.outputs, outputs, strict=True)}
     for name, array in zip(model.plan.inputs, arrays, strict=True):
-        if name not in tensors and name in model.quantizers:
-            tensors[name] = _quantize(model, name, array)
-    for operator in model.plan.operators:
+        if name not in tensors:
+            tensors[name] = _quantize(model, name, array) if name in model.quantizers else array
+    for wrapper in model.operators.values():
+        operator = wrapper.operator
         if operator.kind == GONE and operator.inputs[0] in tensors:
             tensors[operator.output] = tensors[operator.inputs[0]]
+        if operator.kind == CONSTANT:
+            value = wrapper.constant()
+            is_batched = model.plan.tensors[operator.output].has_batch
+            tensors[operator.output] = np.repeat(value, len(arrays[0]), axis=0) if is_batched else value
     return tensors
 
 

@@ -27,10 +27,22 @@ from mobileqat.bench import host
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
-from mobileqat.errors import CheckFailed, DataError, InspectionError, MobileQatError, ModelError, ParityError
+from mobileqat.errors import (
+    CalibrationError,
+    CheckFailed,
+    DataError,
+    InspectionError,
+    MobileQatError,
+    ModelError,
+    ParityError,
+)
 from mobileqat.evaluate import accuracy, per_class, top1
+from mobileqat.legacy import tfmot
+from mobileqat.legacy.ranges import set_ranges
+from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
 from mobileqat.recipe import PathSource, Recipe, dump_recipe
+from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.train import fit
@@ -42,6 +54,7 @@ class Display(Protocol):
     """How a run shows its progress; `cli` has one for terminals."""
 
     def step(self, name: str) -> None: ...
+    def say(self, text: str) -> None: ...
     def done(self, name: str, status: str, seconds: float, message: str) -> None: ...
     def training(self, name: str, epochs: int) -> keras.callbacks.Callback: ...
 
@@ -97,8 +110,8 @@ class Run:
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
 
-    def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray) -> None:
-        arrays = {"interpreter": interpreter, "simulation": simulation}
+    def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray | None) -> None:
+        arrays = {"interpreter": interpreter} | ({} if simulation is None else {"simulation": simulation})
         self.directory.write(f"outputs/{variant}.npz", lambda path: np.savez(path, allow_pickle=False, **arrays))
 
     def outputs(self, variant: str) -> dict[str, np.ndarray]:
@@ -133,12 +146,20 @@ def _float(run: Run) -> dict:
     keras.utils.set_random_seed(recipe.seed)
 
     def build():
+        if recipe.model.name is None:
+            raise ModelError(
+                f"'{recipe.model.weights}' holds weights without a model. Name the model they belong to: model.name"
+            )
         return models.build_model(recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args)
 
     model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
+    if not getattr(model, "inputs", None):  # subclassed: as one layer on the data's inputs
+        inputs = keras.Input(data.train.x.shape[1:], name="input")
+        model = keras.Model(inputs, model(inputs), name=model.name)
     # What cannot be quantized or trained on this data is reported now, before any time goes into training.
-    quantize_model(model, recipe.quantize.scheme)
+    plan = quantize_model(model, recipe.quantize.scheme, **_plan_options(run, model)).plan
     _check_fits(model, data)
+    _announce_borders(run, plan)
     models.check_finite_weights(model)
     history = fit(
         model,
@@ -151,13 +172,37 @@ def _float(run: Run) -> dict:
     )
     models.check_finite_weights(model)
     run.keep_model("float", model)
-    return {"model": {"name": recipe.model.name, "parameters": model.count_params()}, "training": vars(history)}
+    return {
+        "model": {"name": recipe.model.name or model.name, "parameters": model.count_params()},
+        "training": vars(history),
+    }
+
+
+def _plan_options(run: Run, model: keras.Model) -> dict:
+    """What is excluded, and the size to plan for where the model leaves it open."""
+    sizes = [size for tensor in getattr(model, "inputs", None) or [] for size in tensor.shape[1:]]
+    shape = run.dataset.train.x.shape[1:] if None in sizes or not sizes else None
+    return {"exclude": run.recipe.quantize.exclude, "input_shape": shape}
+
+
+def _announce_borders(run: Run, plan: QuantPlan) -> None:
+    """Says what the excluded layers cost, before any training."""
+    if not run.recipe.quantize.exclude:
+        return
+    in_float = [operator.name for operator in plan.operators if not operator.quantized and operator.kind != GONE]
+    borders = plan.borders()
+    lines = [f"{len(in_float)} operators stay in float, as excluded, at {len(borders)} conversions:"]
+    lines += [f"{b['conversion']} of {b['tensor']}, read by {', '.join(b['read_by']) or 'the output'}" for b in borders]
+    if run.display:
+        for line in lines:
+            run.display.say(line)
 
 
 def _check_fits(model: keras.Model, data: Dataset) -> None:
     inputs, outputs = [tuple(x.shape) for x in model.inputs], [tuple(x.shape) for x in model.outputs]
     sample, classes = data.train.x.shape[1:], len(data.class_names)
-    if inputs != [(None, *sample)]:
+    is_open = len(inputs) == 1 and len(inputs[0]) == len(sample) + 1
+    if not is_open or any(size not in (None, given) for size, given in zip(inputs[0][1:], sample, strict=True)):
         raise ModelError(f"Model '{model.name}' takes inputs of shape {inputs}. The data's samples are {sample}.")
     if outputs != [(None, classes)]:
         raise ModelError(
@@ -174,6 +219,7 @@ def _ptq(run: Run) -> dict:
         recipe.quantize.scheme,
         input_range=run.dataset.value_range if known == "data" else known,
         ema_decay=recipe.qat.ema_decay,
+        **_plan_options(run, run.model("float")),
     )
     samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
@@ -220,7 +266,9 @@ def _convert(run: Run) -> dict:
     sizes = {}
     for variant in run.variants:
         if variant == "float":
-            content = convert_float(run.model("float"), batch_size=settings.batch_size)
+            model = run.model("float")
+            shape = _plan_options(run, model)["input_shape"]
+            content = convert_float(model, batch_size=settings.batch_size, input_shape=shape)
         else:
             content = convert(run.model(variant), **settings.model_dump())
         run.directory.write_bytes(f"{variant}.tflite", content)
@@ -229,12 +277,28 @@ def _convert(run: Run) -> dict:
 
 
 def _inspect(run: Run) -> dict:
-    results = {variant: flatbuffer.inspect(run.file(variant)) for variant in run.variants}
-    for variant in run.variants[1:]:
-        if results[variant].problems:
-            problems = "\n".join(f"  - {problem}" for problem in results[variant].problems)
+    rows = {}
+    for variant in run.variants:
+        result = flatbuffer.inspect(run.file(variant))
+        rows[variant] = result.to_dict()
+        if variant == "float":
+            continue
+        excluded = _excluded_tensors(run, variant)
+        islands = [row for row in result.islands if not excluded.isdisjoint(row.tensor_names)]
+        if len(islands) < len(result.islands) or (result.problems and not excluded):
+            problems = "\n".join(f"  - {problem}" for problem in result.problems)
             run.fail(InspectionError(f"{variant}.tflite is not fully integer:\n{problems}"))
-    return {variant: result.to_dict() for variant, result in results.items()}
+        elif excluded:
+            rows[variant] |= {"problems": [], "excluded": [row.operator_name for row in islands]}
+    return rows
+
+
+def _excluded_tensors(run: Run, variant: str) -> set[str]:
+    """Names in the file of what the layers that the recipe excludes compute in float."""
+    if not run.recipe.quantize.exclude:
+        return set()
+    outputs = {op.output for op in run.model(variant).plan.operators if not op.quantized}
+    return outputs | {f"{name}/float32" for name in outputs}
 
 
 def _parity(run: Run) -> dict:
@@ -276,7 +340,8 @@ def _evaluate(run: Run) -> dict:
             "accuracy": {
                 "samples": len(labels),
                 "interpreter": accuracy(outputs["interpreter"], labels),
-                "simulation": accuracy(outputs["simulation"], labels),
+                # TensorFlow's converter calibrates and rounds in one: its PTQ has no simulation.
+                "simulation": accuracy(outputs["simulation"], labels) if "simulation" in outputs else None,
             },
             "per_class": per_class(outputs["interpreter"], labels, run.dataset.class_names),
             "agreement_with_float": float(np.mean(top1(outputs["interpreter"], labels) == reference)),
@@ -312,6 +377,7 @@ STEPS: dict[str, Callable[[Run], Any]] = {
     "evaluate": _evaluate,
     "bench": _bench,
 }
+ENGINES: dict[str, dict[str, Callable[[Any], Any]]] = {"native": STEPS, "tfmot": STEPS | tfmot.STEPS}
 
 
 # ------------------------------------------------------------------ running
@@ -336,7 +402,7 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
     run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display)
     try:
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
-        for name, step in STEPS.items():
+        for name, step in ENGINES[recipe.engine].items():
             _run_step(run, name, step)
         results = write_report(run)
     except BaseException:
@@ -416,7 +482,7 @@ def collect(run: Run) -> dict:
         "training": {name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")},
         "plan": results["qat"].get("plan") or results["ptq"].get("plan"),
         "steps": [{key: value for key, value in step.items() if key != "result"} for step in run.steps],
-        "environment": environment(),
+        "environment": environment() | results["float"].get("packages", {}),
     }
 
 
@@ -449,15 +515,25 @@ def convert_model(
     samples: int,
     input_type: str,
     output_type: str,
+    ranges: Path | None = None,
 ) -> bytes:
-    """Converts a quantized model as it is, or a float model after calibration on `dataset`."""
+    """Converts a quantized model as it is, or a float model with ranges from `dataset`, imported ones, or both."""
     if not isinstance(model, QuantizedModel):
-        if dataset is None:
+        if dataset is None and ranges is None:
             raise MobileQatError(
                 f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
             )
-        model = quantize_model(model, scheme, input_range=dataset.value_range)
-        calibrate(model, calibration_samples(dataset, samples, seed=0), method)
+        # An imported range of the input counts more than what is known of the data.
+        model = quantize_model(model, scheme, input_range=dataset.value_range if dataset and not ranges else None)
+        if dataset is not None:
+            calibrate(model, calibration_samples(dataset, samples, seed=0), method)
+        if ranges is not None:
+            missing = set_ranges(model, ranges).missing
+            if missing and dataset is None:
+                raise CalibrationError(
+                    f"'{ranges}' has no range for {len(missing)} tensors: {', '.join(missing[:5])}. Add --data SOURCE "
+                    "to calibrate them."
+                )
     return convert(model, input_type=input_type, output_type=output_type)
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mobileqat.errors import MobileQatError
 from mobileqat.graph import Graph, Node
-from mobileqat.rules import GONE, Output, get_rule
+from mobileqat.rules import CONSTANT, GONE, Output, Rule, get_rule, rule_key
 from mobileqat.schemes import QuantSpec, Scheme
 
-# What a runtime operator calls the ReLU that it applies itself, by the layer's max_value.
-FUSED_ACTIVATIONS = {None: "RELU", 6.0: "RELU6"}
+# Primitives that an operator can apply itself.
+FUSED_ACTIVATIONS = ("RELU", "RELU6")
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Operator:
 
     Args:
         name: path of the lowered layer that leads it, "block1/conv".
-        kind: LiteRT builtin operator, or `rules.GONE` for a layer that does nothing at inference (Dropout).
+        kind: LiteRT builtin operator, `rules.GONE` for a layer that does nothing at inference (Dropout), or
+            `rules.CONSTANT` for a constant operand.
         nodes: paths of the lowered layers it is made of: the leader, a folded BatchNormalization, a fused ReLU.
         inputs: names of its input tensors.
         output: name of its output tensor, the path of its last layer.
@@ -52,11 +54,13 @@ class TensorPlan:
 
     Args:
         name: the tensor.
-        shape: without the batch axis.
-        spec: its grid, None for a tensor in float.
+        shape: without the batch axis; whole for a constant without one.
+        spec: its grid, None for a tensor in float or of integers.
         group: the tensors with the same `group` share scale and zero point.
         output: where the parameters come from; `OWN` tensors are observed.
         fixed: `(scale, zero_point)` when a kernel fixes them.
+        dtype: "float32", or "int32" for indices, which are never quantized.
+        has_batch: False for a constant that serves every sample.
     """
 
     name: str
@@ -65,9 +69,13 @@ class TensorPlan:
     group: str
     output: Output
     fixed: tuple[float, int] | None = None
+    dtype: str = "float32"
+    has_batch: bool = True
 
     @property
     def reason(self) -> str:
+        if self.dtype != "float32":
+            return "whole numbers"
         return "kept in float" if self.spec is None else self.output.value
 
 
@@ -83,8 +91,54 @@ class QuantPlan:
     tensors: dict[str, TensorPlan]
 
     def members(self, group: str) -> list[str]:
-        """Observed tensors of a group, in execution order."""
-        return [t.name for t in self.tensors.values() if t.group == group and t.output is Output.OWN]
+        """Observed tensors of a group, in execution order.
+
+        Constants count only where they are alone, as a table of embeddings is: beside activations (a bound that values
+        are clipped at) they saturate rather than widen the range.
+        """
+        owned = [t.name for t in self.tensors.values() if t.group == group and t.output is Output.OWN]
+        return [name for name in owned if not self.is_constant(name)] or owned
+
+    def is_constant(self, tensor: str) -> bool:
+        return tensor in self._constants
+
+    @cached_property
+    def _constants(self) -> frozenset[str]:
+        return frozenset(op.output for op in self.operators if op.kind == CONSTANT)
+
+    def borders(self) -> list[dict]:
+        """Where float islands that were excluded meet integers: one QUANTIZE or DEQUANTIZE each.
+
+        Returns:
+            `{"tensor", "conversion", "made_by", "read_by"}` per conversion, in execution order.
+        """
+        vanished = {op.output: op.inputs[0] for op in self.operators if op.kind == GONE}
+
+        def shown(name: str) -> str:
+            while name in vanished:
+                name = vanished[name]
+            return name
+
+        makers = {op.output: op for op in self.operators}
+        readers: dict[str, list[Operator]] = {}
+        for op in self.operators:
+            if op.kind != GONE:
+                for name in op.inputs:
+                    readers.setdefault(shown(name), []).append(op)
+        rows = []
+        for name, tensor in self.tensors.items():
+            if name in vanished or tensor.spec is None:
+                continue
+            maker = makers.get(name)
+            made_by = maker.name if maker else "input"
+            by_form = {
+                form: [op.name for op in readers.get(name, ()) if op.quantized is form] for form in (True, False)
+            }
+            if maker is not None and not maker.quantized:
+                rows.append(_border(name, "QUANTIZE", made_by, by_form[True]))
+            if by_form[False]:
+                rows.append(_border(name, "DEQUANTIZE", made_by, by_form[False]))
+        return rows
 
     def rows(self) -> list[dict]:
         """One JSON-able row per tensor, for reports."""
@@ -103,6 +157,10 @@ class QuantPlan:
         ]
 
 
+def _border(tensor: str, conversion: str, made_by: str, read_by: list[str]) -> dict:
+    return {"tensor": tensor, "conversion": conversion, "made_by": made_by, "read_by": read_by}
+
+
 def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> QuantPlan:
     """Plans a lowered graph.
 
@@ -114,38 +172,78 @@ def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> Qu
     Raises:
         MobileQatError: a pattern in `exclude` matches no layer.
     """
-    by_path = {node.path: node for node in graph.nodes}
+    rules = {node.path: get_rule(node.layer) for node in graph.nodes}
     fused = _fuse(graph, _excluded(graph, exclude))
     read_as_integers = _read_as_integers(fused)
-    groups = _Groups()
+    read_in_float = {name for operator in fused if not operator.quantized for name in operator.inputs}
+    forms = {name: _Form(Output.OWN, name in read_as_integers or name not in read_in_float) for name in graph.inputs}
     operators: list[Operator] = []
-    specs: dict[str, tuple[Output, tuple[float, int] | None, bool]] = {
-        name: (Output.OWN, None, name in read_as_integers) for name in graph.inputs
-    }
     for operator in fused:
-        rule = get_rule(by_path[operator.name].layer)
         if operator.kind == GONE:
             # What does nothing stands in the form of what it is given.
-            operator = replace(operator, quantized=specs[operator.inputs[0]][2])
-        output = (Output.SHARED if operator.kind == GONE else rule.output) if operator.quantized else Output.OWN
-        # A float operator's output that an integer one reads is observed and rounded where it is made.
-        specs[operator.output] = (output, rule.fixed, operator.quantized or operator.output in read_as_integers)
+            operator = replace(operator, quantized=forms[operator.inputs[0]].quantized)
+        elif operator.kind == CONSTANT:
+            operator = replace(operator, quantized=operator.output in read_as_integers)
         operators.append(operator)
-        if output is Output.SHARED:
-            for name in operator.inputs:
-                groups.join(operator.output, name)
-    tensors = {
-        name: TensorPlan(
+        forms[operator.output] = _form(operator, rules[operator.name], operator.output in read_as_integers)
+    integral = {name for name, tensor in graph.tensors.items() if not tensor.dtype.startswith(("float", "bfloat"))}
+    groups = _groups(operators, forms, integral)
+    symmetric = _symmetric(operators, rules, forms, groups)
+    tensors = {}
+    for name, form in forms.items():
+        has_batch = graph.tensors[name].shape[:1] == (None,)
+        spec = scheme.activations
+        if groups.root(name) in symmetric:
+            spec = replace(spec, symmetric=True, full_range=True)
+        tensors[name] = TensorPlan(
             name,
-            tuple(graph.tensors[name].shape[1:]),
-            scheme.activations if quantized else None,
+            tuple(graph.tensors[name].shape[1 if has_batch else 0 :]),
+            spec if form.quantized and name not in integral else None,
             groups.root(name),
-            output,
-            fixed,
+            form.output,
+            form.fixed,
+            "int32" if name in integral else "float32",
+            has_batch,
         )
-        for name, (output, fixed, quantized) in specs.items()
-    }
     return QuantPlan(graph.name, scheme, graph.inputs, graph.outputs, tuple(operators), tensors)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How a tensor stands between operators: in integers or not, and where its parameters come from."""
+
+    output: Output
+    quantized: bool
+    fixed: tuple[float, int] | None = None
+
+
+def _form(operator: Operator, rule: Rule, read_as_integers: bool) -> _Form:
+    output = Output.OWN
+    if operator.quantized:
+        output = Output.SHARED if operator.kind == GONE else rule.output
+    # A float operator's output that an integer one reads is observed and rounded where it is made.
+    return _Form(output, operator.quantized or read_as_integers, rule.fixed if output is Output.FIXED else None)
+
+
+def _groups(operators: list[Operator], forms: dict[str, _Form], integral: set[str]) -> _Groups:
+    """Tensors that share their parameters."""
+    groups = _Groups()
+    for operator in operators:
+        if forms[operator.output].output is Output.SHARED:
+            for name in operator.inputs:
+                if name not in integral:
+                    groups.join(operator.output, name)
+    return groups
+
+
+def _symmetric(operators: list[Operator], rules, forms: dict[str, _Form], groups: _Groups) -> set[str]:
+    """Groups whose zero point should be 0, which those with fixed parameters cannot have."""
+    wanted = {
+        groups.root(operator.inputs[rules[operator.name].symmetric_input])
+        for operator in operators
+        if operator.quantized and rules[operator.name].symmetric_input is not None
+    }
+    return wanted - {groups.root(name) for name, form in forms.items() if form.output is Output.FIXED}
 
 
 def _read_as_integers(operators: list[Operator]) -> set[str]:
@@ -165,6 +263,13 @@ def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
         if not matched and not _matching(graph.read_paths, pattern):
             raise MobileQatError(f"exclude={pattern!r} matches no layer of '{graph.name}'. Layers: {', '.join(paths)}")
         excluded |= matched
+    for node in graph.nodes:
+        if node.path in excluded and rule_key(node.layer) == "TABLE":
+            raise MobileQatError(
+                f"exclude matches '{node.path}', but the runtime has no float operator for "
+                f"{node.layer.options['function']}: it exists as an integer table only. Leave it in integers, or "
+                "replace it."
+            )
     return excluded
 
 
@@ -181,12 +286,13 @@ def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
         if node.path in taken:
             continue
         rule = get_rule(node.layer)
+        assert rule_key(node.layer) != "BatchNormalization", f"{node.path} was not folded"
         members, batch_norm, activation, fused = [node], None, None, "NONE"
-        if rule.has_kernel and (follower := _only_consumer(graph, members[-1], "BatchNormalization")):
+        if rule.has_kernel and (follower := _only_consumer(graph, members[-1], ("BatchNormalization",))):
             batch_norm = follower.path
             members.append(follower)
-        if rule.fuses_activation and (follower := _only_consumer(graph, members[-1], "ReLU")):
-            fused = FUSED_ACTIVATIONS[follower.layer.max_value]
+        if rule.fuses_activation and (follower := _only_consumer(graph, members[-1], FUSED_ACTIVATIONS)):
+            fused = rule_key(follower.layer)
             activation = follower.path
             members.append(follower)
         paths = tuple(member.path for member in members)
@@ -209,10 +315,10 @@ def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:
     return operators
 
 
-def _only_consumer(graph: Graph, node: Node, layer_class: str) -> Node | None:
-    """The consumer of a node's output if it is the only one, of that class, and the output is not a model output."""
+def _only_consumer(graph: Graph, node: Node, keys: tuple[str, ...]) -> Node | None:
+    """The consumer of a node's output if it is the only one, of that kind, and the output is not a model output."""
     consumers = graph.consumers(node.path)
-    if len(consumers) == 1 and node.path not in graph.outputs and type(consumers[0].layer).__name__ == layer_class:
+    if len(consumers) == 1 and node.path not in graph.outputs and rule_key(consumers[0].layer) in keys:
         return consumers[0]
     return None
 

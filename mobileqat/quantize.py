@@ -18,9 +18,9 @@ import tensorflow as tf
 from mobileqat import graph as graphs
 from mobileqat.errors import CalibrationError, ModelError
 from mobileqat.fakequant import FakeQuantize
-from mobileqat.lowering import lower
+from mobileqat.lowering import expand, lower
 from mobileqat.plan import QuantPlan, make_plan
-from mobileqat.rules import Output, get_rule
+from mobileqat.rules import CONSTANT, GONE, Output, get_rule
 from mobileqat.schemes import SCHEMES, Scheme, get_scheme
 from mobileqat.wrappers import QuantizeWrapper
 
@@ -47,6 +47,10 @@ class QuantizedModel(keras.Model):
             if wrapper.output_quantizer is not None:
                 found[wrapper.operator.output] = wrapper.output_quantizer
         return found
+
+    def arrange(self, arrays: Sequence):
+        """One array or tensor per input of the plan as the model takes them: alone, in a list or in a dict."""
+        return keras.tree.pack_sequence_as(self._inputs_struct, list(arrays))
 
     def _input_quantizers(self):
         for layer in self.layers:
@@ -79,11 +83,12 @@ class QuantizedModel(keras.Model):
             )
 
     def get_config(self):
-        return {"float_model": self._float_config, "options": self._options, "name": self.name}
+        config = {"float_model": self._float_config, "names": self._names}
+        return config | {"options": self._options, "name": self.name}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        float_model = _rebuild(config["float_model"], custom_objects)
+        float_model = _rebuild(config["float_model"], config["names"], custom_objects)
         return quantize_model(float_model, **config["options"], name=config["name"])
 
 
@@ -93,17 +98,20 @@ def quantize_model(
     *,
     exclude: Sequence[str] = (),
     input_range: Sequence[float] | None = None,
+    input_shape=None,
     ema_decay: float = 0.99,
     name: str | None = None,
 ) -> QuantizedModel:
     """Makes the quantized twin of a float model.
 
     Args:
-        model: a built functional or sequential Keras 3 model, which is left untouched.
+        model: a Keras 3 model, functional, sequential or subclassed, built, which is left untouched.
         scheme: a name in `mobileqat.schemes.SCHEMES`.
         exclude: patterns of layer paths that stay in float, such as `"head/*"`.
         input_range: `(minimum, maximum)` of the input data when it is known, such as (0, 255) for pixels; its grid
             is then fixed and exact. None learns it like any other range.
+        input_shape: shape of the input without the batch, to plan a model that leaves sizes open, such as
+            `keras.Input((None, None, 3))`; for several inputs a list, or a dict by name.
         ema_decay: decay per step of the moving averages that follow activation ranges in training.
         name: of the new model; "quantized_" and the model's name by default.
 
@@ -126,17 +134,19 @@ def quantize_model(
     if not 0 < ema_decay < 1:
         raise ModelError(f"ema_decay must be between 0 and 1. Received: {ema_decay}")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    graph = graphs.read(model)
+    graph = graphs.read(model, expand, input_shape)
     lowered = lower(graph, graph.inputs if pinned else ())
     plan = make_plan(lowered, scheme, exclude)
-    quantized = _build(
-        lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}", graphs.output_structure(model)
-    )
-    quantized._float_config = _describe(model)
+    if not any(operator.kind not in (GONE, CONSTANT) for operator in plan.operators):
+        raise ModelError(f"Model '{model.name}' computes nothing: there is no operator to quantize.")
+    structures = graphs.structures(model, input_shape)
+    quantized = _build(lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}", structures)
+    quantized._float_config, quantized._names = _describe(model), _names(model)
     quantized._options = {
         "scheme": scheme.name if SCHEMES.get(scheme.name) == scheme else asdict(scheme),
         "exclude": list(exclude),
         "input_range": pinned and list(pinned),
+        "input_shape": input_shape,
         "ema_decay": ema_decay,
     }
     quantized.plan = plan
@@ -169,12 +179,36 @@ def _describe(model: keras.Model) -> str:
     return json.dumps(without_numbers(keras.saving.serialize_keras_object(model)))
 
 
-def _rebuild(description: str, custom_objects=None) -> keras.Model:
-    return keras.saving.deserialize_keras_object(json.loads(description), custom_objects=custom_objects)
+def _rebuild(description: str, names: list, custom_objects=None) -> keras.Model:
+    model = keras.saving.deserialize_keras_object(json.loads(description), custom_objects=custom_objects)
+    _rename(model, names)
+    return model
 
 
-def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str, structure) -> QuantizedModel:
+def _parts(model) -> list:
+    """What a functional or sequential model is made of, in the order of its configuration."""
+    if isinstance(model, keras.Sequential):
+        return model.layers
+    return model.operations if hasattr(model, "_nodes_by_depth") else []
+
+
+def _names(model) -> list:
+    """Names of a model and of its parts, nested: `[name, [part, ...]]`.
+
+    A custom layer or model whose `get_config` leaves its name out would be given another one by a counter.
+    """
+    return [model.name, [_names(part) for part in _parts(model)]]
+
+
+def _rename(model, names: list) -> None:
+    model.name, parts = names
+    for part, inner in zip(_parts(model), parts, strict=True):
+        _rename(part, inner)
+
+
+def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str, structures) -> QuantizedModel:
     layers = {node.path: node.layer for node in lowered.nodes}
+    prologues = {node.path: node.prologue for node in lowered.nodes}
     quantizers = _make_quantizers(plan, pinned, ema_decay)
 
     def quantizer(tensor):
@@ -199,18 +233,25 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
             quantizer(operator.output),
             operator.output if planned.output is Output.OWN else None,
             operator.output in plan.outputs,
+            prologues[operator.name],
             name=_layer_name("quant", operator.name, names),
         )
-        arguments = [values[tensor] for tensor in operator.inputs]
+        # A constant reads nothing; any input makes it a node of the Keras graph.
+        arguments = [inputs[0]] if operator.kind == CONSTANT else [values[tensor] for tensor in operator.inputs]
         values[operator.output] = wrapper(arguments if len(arguments) > 1 else arguments[0])
-    outputs = keras.tree.pack_sequence_as(structure, [values[tensor] for tensor in plan.outputs])
-    return QuantizedModel(inputs=inputs if len(inputs) > 1 else inputs[0], outputs=outputs, name=name)
+    outputs = [values[tensor] for tensor in plan.outputs]
+    return QuantizedModel(
+        inputs=keras.tree.pack_sequence_as(structures[0], inputs),
+        outputs=keras.tree.pack_sequence_as(structures[1], outputs),
+        name=name,
+    )
 
 
 def _layer_name(prefix: str, path: str, taken: set[str]) -> str:
     """A path as a Keras layer name: "block/conv@2" -> "quant_block.conv.2"; TensorFlow scopes allow little else."""
     name = f"{prefix}_{re.sub(r'[^A-Za-z0-9_.-]', '.', path)}"
-    name = next(n for n in (name, *(f"{name}.{k}" for k in range(2, 1 << 20))) if n not in taken)
+    if name in taken:
+        name = next(n for k in range(2, 1 << 20) if (n := f"{name}.{k}") not in taken)
     taken.add(name)
     return name
 
@@ -328,12 +369,31 @@ def strip(model: QuantizedModel) -> keras.Model:
     """
     if not isinstance(model, QuantizedModel):
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'.")
-    float_model = _rebuild(model._float_config)
+    float_model = _rebuild(model._float_config, model._names)
     trained = {node: layer for wrapper in model.operators.values() for node, layer in _wrapped(wrapper)}
-    for node in lower(graphs.read(float_model)).nodes:
+    graph = graphs.read(float_model, expand, model._options["input_shape"])
+    for node in lower(graph, graph.inputs if model._options["input_range"] else ()).nodes:
         for source, variable in zip(node.sources, trained[node.path].weights if node.sources else (), strict=True):
             source.assign(variable)
     return float_model
+
+
+def resize(model: QuantizedModel, input_shape) -> QuantizedModel:
+    """A fully convolutional quantized model for inputs of another size, with the same weights and ranges.
+
+    Args:
+        model: quantized from a float model that leaves sizes open, such as `keras.Input((None, None, 3))`.
+        input_shape: as for `quantize_model`.
+
+    Raises:
+        ModelError: the float model fixes its sizes, or has weights that depend on them.
+    """
+    resized = quantize_model(strip(model), **model._options | {"input_shape": input_shape}, name=model.name)
+    shapes = [[tuple(weight.shape) for weight in twin.weights] for twin in (model, resized)]
+    if shapes[0] != shapes[1]:
+        raise ModelError(f"Model '{model.name}' has weights that depend on the size of its input; it has to stay.")
+    resized.set_weights(model.get_weights())
+    return resized
 
 
 def _wrapped(wrapper: QuantizeWrapper):

@@ -62,6 +62,7 @@ def _conflict(key: str, problem: str) -> PydanticCustomError:
 
 PathlessSource = Literal["digits", "cifar10", "fashion_mnist"]
 PathSource = Literal["image_folder", "npz"]
+Engine = Literal["native", "tfmot"]
 ReferenceModel = Literal["dscnn", "resnet8", "mobilenet_v1"]
 SOURCES = f"{', '.join(get_args(PathlessSource) + get_args(PathSource))} or module:function"
 MODELS = f"{', '.join(get_args(ReferenceModel))} or module:function"
@@ -137,12 +138,18 @@ class Data(Section):
 class Model(Section):
     """The Keras model, and the weights it starts from."""
 
-    name: ModelName = Field(description=MODELS)
+    name: ModelName | None = Field(default=None, description=f"{MODELS}; null for the whole model that weights holds")
     args: dict[str, Any] = Field(default={}, description="keyword arguments for the model function")
     weights: str | None = Field(
         default=None,
         description=".keras or .h5 file with weights or a whole model; ${VAR} is read from the environment",
     )
+
+    @model_validator(mode="after")
+    def _something_to_build(self) -> "Model":
+        if self.name is None and self.weights is None:
+            raise _conflict("name", f"missing, expected {MODELS}, or weights with a whole model, received nothing")
+        return self
 
 
 class Training(Section):
@@ -206,6 +213,9 @@ class Quantize(Section):
     input_range: InputRange = Field(
         default="data",
         description="[lowest, highest]; data: the dataset's known range; null: from calibration",
+    )
+    exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = Field(
+        default=(), description="patterns of layer paths that stay in float, such as head/*"
     )
 
     @model_validator(mode="after")
@@ -276,6 +286,10 @@ class Recipe(Section):
     name: Name = Field(description="the recipe's name: letters, digits, '_', '-' and '.'")
     description: Line = Field(description="one line for the list of recipes")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
+    engine: Engine = Field(
+        default="native",
+        description="native: Keras 3 models; tfmot: tf_keras models, quantized by TensorFlow Model Optimization",
+    )
     data: Data = Field(description="a section with at least `source`")
     model: Model = Field(description="a section with at least `name`")
     float: Training = Field(default=Training(), description="float training; 0 epochs use the weights as they are")
@@ -287,10 +301,39 @@ class Recipe(Section):
     bench: Bench = Field(default=Bench(), description="latency measurement")
     report: Report = Field(default=Report(), description="conclusions of the report")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bars_fit_engine(cls, values: Any) -> Any:
+        # TFMOT's simulation follows no kernel's arithmetic; with the native bars no run would ever pass.
+        if isinstance(values, dict) and values.get("engine") == "tfmot" and isinstance(values.get("parity", {}), dict):
+            return {**values, "parity": TFMOT_BARS | values.get("parity", {})}
+        return values
+
+    @model_validator(mode="after")
+    def _engine_takes_model_and_keys(self) -> "Recipe":
+        if self.engine == "native":
+            return self
+        if self.model.name is not None and ":" not in self.model.name and self.model.weights is None:
+            raise _conflict(
+                "model.name",
+                "a Keras 3 model, expected module:function that returns a tf_keras model, or weights with a whole "
+                f"model for engine tfmot, received {_shown(self.model.name)}",
+            )
+        defaults = type(self).model_fields
+        for key in NATIVE_KEYS:
+            section, name = key.split(".")
+            value, default = getattr(getattr(self, section), name), getattr(defaults[section].default, name)
+            if value != default:
+                raise _conflict(
+                    key,
+                    f"has no use for engine tfmot, expected the default {_shown(default)}, received {_shown(value)}",
+                )
+        return self
+
     @model_validator(mode="after")
     def _something_to_start_from(self) -> "Recipe":
         # A module:function may return a trained model; a reference model starts with random weights.
-        is_reference = ":" not in self.model.name
+        is_reference = self.model.name is not None and ":" not in self.model.name
         if is_reference and self.model.weights is None and self.float.epochs == 0:
             raise _conflict(
                 "model.weights",
@@ -298,6 +341,16 @@ class Recipe(Section):
                 "model, received weights null and 0 epochs",
             )
         return self
+
+
+# With engine tfmot: looser bars where the recipe sets none, and keys that TFMOT has nothing for.
+TFMOT_BARS = {"min_top1_agreement": 0.95, "min_identical_output": 0.5}
+NATIVE_KEYS = (
+    *("quantize.calibration", "quantize.input_range", "quantize.exclude"),
+    *("qat.distillation", "qat.temperature", "qat.ema_decay"),
+    *("qat.freeze_observers_after", "qat.freeze_batch_norm_after"),
+    *("parity.samples", "parity.min_identical_conv", "parity.min_identical_other", "parity.max_lsb"),
+)
 
 
 def recipe_schema() -> dict[str, Any]:

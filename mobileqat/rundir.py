@@ -2,7 +2,7 @@
 
 recipe.yaml  environment.json  run.log  report.json  report.html
 float.tflite  ptq.tflite  qat.tflite          what to ship
-models/*.keras                                float, ptq and qat Keras models
+models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot
 steps/*.json                                  the result of each finished step
 outputs/*.npz                                 what every variant answered on the test set
 tensorboard/                                  training events
@@ -53,7 +53,7 @@ class RunDirectory:
                 raise
 
     def _prepare(self, recipe: str, resume: bool) -> None:
-        if any((self.path / "models").glob("*.keras")):
+        if any((self.path / "models").glob("[!.]*")):
             self._check_recipe(recipe, resume)
         else:
             # A run that ended before it had any model, by a wrong path say, does not block its directory.

@@ -21,11 +21,13 @@ class QuantSpec:
         symmetric: the zero point is 0 and the grid is [-qmax, qmax] (LiteRT's rule for weights and for int16
             activations); otherwise [-2**(bits-1), 2**(bits-1) - 1] with any zero point (int8 activations).
         per_channel: one scale per output channel instead of one for the tensor.
+        full_range: a symmetric grid that reaches down to -2**(bits-1), as activations do where a kernel saturates.
     """
 
     bits: int = 8
     symmetric: bool = False
     per_channel: bool = False
+    full_range: bool = False
 
     def __post_init__(self):
         if not 2 <= self.bits <= 16:
@@ -37,7 +39,7 @@ class QuantSpec:
 
     @property
     def qmin(self) -> int:
-        return -self.qmax if self.symmetric else -self.qmax - 1
+        return -self.qmax if self.symmetric and not self.full_range else -self.qmax - 1
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from keras import ops
 
 from mobileqat import graph as graphs
 from mobileqat.data import Dataset, augment_images
-from mobileqat.errors import TrainingError
+from mobileqat.errors import ModelError, TrainingError
+from mobileqat.lowering import expand, lower
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
-from mobileqat.rules import Output, find_rule, function_name
+from mobileqat.rules import Output, function_name, get_rule
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,23 @@ def gives_probabilities(model: keras.Model) -> bool:
         while name in makers and model.plan.tensors[name].output is Output.SHARED:
             name = makers[name].inputs[0]
         return name in makers and makers[name].kind in ("SOFTMAX", "LOGISTIC")
-    graph = graphs.read(model)
+    try:
+        graph = lower(graphs.read(model, expand))
+    except ModelError:
+        return _ends_in_probabilities(model)
     nodes = {node.path: node for node in graph.nodes}
     name = graph.outputs[0]
-    while name in nodes:
-        layer = nodes[name].layer
-        function = function_name(getattr(layer, "activation", None))
-        if isinstance(layer, keras.layers.Softmax) or function in ("softmax", "sigmoid"):
-            return True
-        rule = find_rule(layer)
-        if not (rule and rule.output is Output.SHARED) and not isinstance(layer, keras.layers.Activation):
-            return False
+    while name in nodes and get_rule(nodes[name].layer).output is Output.SHARED:
         name = nodes[name].inputs[0]
-    return False
+    return name in nodes and get_rule(nodes[name].layer).operator in ("SOFTMAX", "LOGISTIC")
+
+
+def _ends_in_probabilities(layer) -> bool:
+    """For a model that cannot be lowered, or not without its sizes: whether its last layer is softmax or sigmoid."""
+    if isinstance(layer, keras.Model):
+        return _ends_in_probabilities(layer.layers[-1])
+    function = function_name(getattr(layer, "activation", None))
+    return isinstance(layer, keras.layers.Softmax) or function in ("softmax", "sigmoid")
 
 
 def training_batches(dataset: Dataset, batch_size: int, augment: Augment | None, seed: int) -> tf.data.Dataset:

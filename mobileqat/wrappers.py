@@ -18,8 +18,14 @@ from mobileqat import kernels, numerics
 from mobileqat.fakequant import FakeQuantize, product, quantize_weights, quotient, straight_through
 from mobileqat.kernels import Grid
 from mobileqat.plan import Operator
-from mobileqat.rules import GONE, Output, get_rule
+from mobileqat.rules import CONSTANT, GONE, Output, get_rule
 from mobileqat.schemes import QuantSpec
+
+
+def as_float32(x):
+    """Real values in float32; whole numbers as they are."""
+    x = tf.convert_to_tensor(x)
+    return tf.cast(x, tf.float32) if x.dtype.is_floating else x
 
 
 class QuantizeWrapper(keras.layers.Layer):
@@ -37,6 +43,7 @@ class QuantizeWrapper(keras.layers.Layer):
         output_quantizer: the output's `FakeQuantize`, None where it is float.
         member: name under which the output is observed, None where its range is not its own.
         is_output: the output leaves the model.
+        prologue: `(scale, offset)` per input channel, float32, that the kernel takes in: preprocessing.
     """
 
     def __init__(
@@ -50,6 +57,7 @@ class QuantizeWrapper(keras.layers.Layer):
         output_quantizer: FakeQuantize | None = None,
         member: str | None = None,
         is_output: bool = False,
+        prologue: tuple[np.ndarray, np.ndarray] | None = None,
         **kwargs,
     ):
         # Quantizers compute in float32 whatever the policy; the wrapped layers keep theirs (mixed precision).
@@ -64,17 +72,21 @@ class QuantizeWrapper(keras.layers.Layer):
         self.output_quantizer = output_quantizer
         self.member = member
         self.is_output = is_output
+        self.prologue = prologue
         # A Python attribute like FakeQuantize.observing; `train.Schedule` sets it and retraces.
         self.batch_norm_frozen = False
         self.supports_jit = True
         self.built = True
 
     def call(self, inputs, training=None):
-        if self.operator.quantized and not training:
+        is_constant = self.operator.kind == CONSTANT
+        if self.operator.quantized and not training and not is_constant:
             return self._infer(tf.nest.flatten(inputs))
-        x = tf.cast(self.float_call(inputs, training, self._fake_quantized_kernel()), tf.float32)
+        x = as_float32(self.float_call(inputs, training, quantized=self.operator.quantized))
         if self._quantizes_output(training):
-            return self.output_quantizer(x, member=self.member, training=training)
+            # The range of a constant is what it holds now, not what it held on average.
+            decay = 0.0 if is_constant else None
+            return self.output_quantizer(x, member=self.member, training=training, ema_decay=decay)
         return x
 
     @property
@@ -90,34 +102,61 @@ class QuantizeWrapper(keras.layers.Layer):
         # Probabilities that leave the model go into a loss: rounded to 0 they would give log(0) and no gradient.
         return self.rounds and not (training and self.is_output and self.rule.output is Output.FIXED)
 
-    def float_call(self, inputs, training=None, kernel=None):
-        """The float layers, with another kernel when one is given; no activation is quantized."""
-        x = self._call_layer(inputs, training, kernel)
+    def float_call(self, inputs, training=None, quantized=False):
+        """The float layers, their kernel fake-quantized if asked for; no activation is quantized."""
+        x = self._call_layer(inputs, training, self.weight_spec if quantized else None)
         if self.batch_norm is not None:
             x = self.batch_norm(x, training=bool(training) and not self.batch_norm_frozen)
         return x if self.activation is None else self.activation(x)
 
-    def _call_layer(self, inputs, training, kernel):
+    def _call_layer(self, inputs, training, spec: QuantSpec | None):
         arguments = {"training": training} if self.layer._call_has_training_arg else {}
-        if kernel is None:
+        if spec is None and self.prologue is None:
             return self.layer(inputs, **arguments)
+        kernel = self.kernel()
+        if spec is not None:
+            integers, scales = quantize_weights(kernel, self.rule.channel_axes, spec)
+            kernel = integers * scales
         with keras.StatelessScope(state_mapping=[(self.layer.kernel, kernel)]):
-            return self.layer(inputs, **arguments)
+            x = self.layer(inputs, **arguments)
+        return x if self.prologue is None else x + tf.cast(self._offset(), x.dtype)
 
-    def _fake_quantized_kernel(self):
-        if self.weight_spec is None:
-            return None
+    def kernel(self):
+        """The kernel that is applied to the input as it comes: with the prologue's scale taken in."""
         kernel = tf.convert_to_tensor(self.layer.kernel)
-        integers, scales = quantize_weights(kernel, self.rule.channel_axes, self.weight_spec)
-        return integers * scales
+        return kernel if self.prologue is None else kernel * self._per_input(self.prologue[0])
+
+    def bias(self):
+        """The bias, float32 [channels], with the prologue's offset taken in."""
+        axes = self.rule.channel_axes
+        if self.layer.use_bias:
+            bias = tf.convert_to_tensor(self.layer.bias)
+        else:
+            bias = tf.zeros([np.prod([self.layer.kernel.shape[axis] for axis in axes])])
+        return bias if self.prologue is None else bias + self._offset()
+
+    def _offset(self):
+        """What the prologue's offset adds to every output, float32 [channels]."""
+        moved = tf.convert_to_tensor(self.layer.kernel) * self._per_input(self.prologue[1])
+        axes = [axis for axis in range(len(moved.shape)) if axis not in self.rule.channel_axes]
+        return tf.reshape(tf.reduce_sum(moved, axes), [-1])
+
+    def _per_input(self, values):
+        """Values per input channel, shaped to broadcast against the kernel."""
+        kernel = self.layer.kernel
+        shape = [1] * len(kernel.shape)
+        shape[self.rule.input_axis] = -1
+        return tf.reshape(tf.constant(values), shape)
 
     # ------------------------------------------------------------------ integer inference
 
     def _infer(self, inputs):
+        if self.output_quantizer is None:  # whole numbers: indices on their way to a GATHER
+            return self.layer(inputs if len(inputs) > 1 else inputs[0])
         output = self.grid(self.output_quantizer)
         if not self.rounds:
             # On integers, since a mixed precision policy may round real values to 16 bits; integers it keeps.
-            integers = [x / output.scale for x in inputs]
+            integers = [x / output.scale if x.dtype.is_floating else x for x in inputs]
             return tf.cast(self.layer(integers if len(inputs) > 1 else integers[0]), tf.float32) * output.scale
         grids = [self.grid(quantizer) for quantizer in self.input_quantizers]
         if self.weight_spec is not None:
@@ -146,7 +185,7 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def grid(self, quantizer: FakeQuantize) -> Grid:
         """A tensor's grid, for `kernels`."""
-        scale, zero_point = quantizer.parameters()
+        scale, zero_point = quantizer.inference_parameters()
         return Grid(scale, zero_point, quantizer.spec.qmin, quantizer.spec.qmax)
 
     def folded(self, input_scale):
@@ -163,11 +202,11 @@ class QuantizeWrapper(keras.layers.Layer):
             bias in units of `input_scale * scales`, not yet rounded, [channels].
         """
         axes = self.rule.channel_axes
-        kernel = tf.convert_to_tensor(self.layer.kernel)
+        kernel = self.kernel()
         integers, scales = quantize_weights(kernel, axes, self.weight_spec)
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
         scales = tf.reshape(tf.broadcast_to(scales, channel_shape), [-1])
-        bias = tf.convert_to_tensor(self.layer.bias) if self.layer.use_bias else tf.zeros_like(scales)
+        bias = self.bias()
         if self.batch_norm is not None:
             factor, offset = self._batch_norm_affine()
             scales, bias = product(scales, tf.abs(factor)), product(bias, factor) + offset
@@ -208,14 +247,21 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def compute_output_spec(self, inputs, training=None):
         x = self.layer.compute_output_spec(inputs)
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+        return keras.KerasTensor(x.shape, x.dtype if x.dtype.startswith(("int", "uint")) else self.compute_dtype)
+
+    def constant(self) -> np.ndarray:
+        """The value of a constant operand as the file stores it: int8 on its grid, float32, or int32."""
+        value = self.layer.value.numpy()
+        if self.output_quantizer is None:
+            return value
+        spec = self.output_quantizer.spec
+        return numerics.quantize(value, *self.output_quantizer.grid(), spec).astype(np.int8)
 
     def float_constants(self) -> tuple[np.ndarray, np.ndarray]:
         """Kernel and bias in float32 with BatchNormalization folded in, for an operator kept in float."""
         axes = self.rule.channel_axes
-        kernel = tf.convert_to_tensor(self.layer.kernel)
+        kernel, bias = self.kernel(), self.bias()
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
-        bias = tf.convert_to_tensor(self.layer.bias) if self.layer.use_bias else tf.zeros(np.prod(channel_shape))
         if self.batch_norm is not None:
             factor, offset = self._batch_norm_affine()
             kernel, bias = kernel * tf.reshape(factor, channel_shape), bias * factor + offset

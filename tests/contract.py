@@ -18,8 +18,13 @@ from mobileqat.calibrate import calibrate
 from mobileqat.convert import convert
 from mobileqat.flatbuffer import Inspection, inspect
 from mobileqat.parity import Parity, verify
+from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model, strip
+from mobileqat.rules import Output
 from mobileqat.runtime import Session
+
+# Operators up to which a model is compiled as well as run eagerly: compiling takes longest.
+LARGEST_COMPILED = 8
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,21 @@ def give_trained_weights(model: keras.Model, seed: int = 0) -> None:
 
 
 def samples_of(model: keras.Model, low: float, high: float, count: int = 8) -> list[np.ndarray]:
+    """Random inputs, one array per input; whole numbers for indices, which every table in the tests has rows for."""
     rng = np.random.default_rng(1)
-    return [rng.uniform(low, high, (count, *t.shape[1:])).astype(np.float32) for t in model.inputs]
+    return [
+        rng.integers(0, 20, (count, *t.shape[1:])).astype(np.int32)
+        if t.dtype == "int32"
+        else rng.uniform(low, high, (count, *t.shape[1:])).astype(np.float32)
+        for t in model.inputs
+    ]
+
+
+def arranged(model: keras.Model, samples):
+    """One array per input as the model takes them: alone, in a list or in a dict."""
+    if isinstance(model, keras.Sequential) or not hasattr(model, "_inputs_struct"):
+        return samples[0] if len(samples) == 1 else samples
+    return keras.tree.pack_sequence_as(model._inputs_struct, samples)
 
 
 def check_layer(
@@ -79,13 +97,15 @@ def check_layer(
     """
     if give_weights:
         give_trained_weights(model)
-    samples = samples or samples_of(model, low, high)
-    expected = outputs_of(model, samples)
     weights = model.get_weights()
-
     quantized = quantize_model(model, **options)
-    check_stripped(quantized, model, samples)
-    calibrate(quantized, samples if len(samples) > 1 else samples[0])
+    samples = samples or samples_of(quantized, low, high)
+    inputs = arranged(quantized, samples)
+    expected = outputs_of(model, inputs)
+    check_plan(quantized.plan)
+    check_lowering(quantized, expected, samples)
+    check_stripped(quantized, model, expected, inputs)
+    calibrate(quantized, inputs)
     for simulated, real in zip(outputs_of(quantized, samples), expected, strict=True):
         assert simulated.shape == real.shape
         assert rms(simulated - real) <= relative_error * rms(real)
@@ -98,11 +118,28 @@ def check_layer(
     inspection = inspect(content)
     assert inspection.fully_integer == fully_integer, inspection.problems
     assert (inspection.problems == ()) == fully_integer
-    parity = verify(quantized, content, samples)
+    outputs = outputs_of(quantized, samples)
+    parity = verify(quantized, content, samples, simulated=outputs)
     check_parity(parity, exact)
-    check_same_everywhere(quantized, content, samples, exact)
-    check_saving(quantized, samples)
+    check_same_everywhere(quantized, content, samples, outputs, exact)
+    check_saving(quantized, samples, outputs)
     return Checked(quantized, content, inspection, parity, samples)
+
+
+def check_data(model: keras.Model, low: float, high: float) -> None:
+    """Calibrated on samples between two bounds, simulation and file agree on any data, in batches of 1 and of 8."""
+    give_trained_weights(model)
+    quantized = quantize_model(model)
+    usual = samples_of(quantized, low, high)
+    calibrate(quantized, arranged(quantized, usual))
+    wide = samples_of(quantized, 20 * low, 20 * abs(low), count=5)
+    constants = [np.stack([np.full_like(x[0], 0), np.full_like(x[0], abs(high))]) for x in wide]
+    samples = [np.concatenate(parts) for parts in zip(usual, wide, constants, strict=True)]
+    outputs = outputs_of(quantized, samples)
+    for batch_size in (1, 8):
+        content = convert(quantized, batch_size=batch_size)
+        assert inspect(content).fully_integer
+        check_parity(verify(quantized, content, samples, simulated=outputs, operator_samples=16), exact=True)
 
 
 def rms(x) -> float:
@@ -110,26 +147,58 @@ def rms(x) -> float:
 
 
 def outputs_of(model, samples) -> list[np.ndarray]:
-    """Outputs in inference mode, run eagerly."""
-    return [
-        np.asarray(output)
-        for output in tf.nest.flatten(model(samples if len(samples) > 1 else samples[0], training=False))
-    ]
+    """Outputs in inference mode, run eagerly; samples are a list of one array per input, or as the model takes them."""
+    inputs = arranged(model, samples) if isinstance(samples, list) else samples
+    return [np.asarray(output) for output in keras.tree.flatten(model(inputs, training=False))]
 
 
-def check_stripped(quantized: QuantizedModel, model: keras.Model, samples) -> None:
+def check_lowering(quantized: QuantizedModel, expected, samples) -> None:
+    """The operators of the plan, run in float, compute what the model computes."""
+    values = dict(zip(quantized.plan.inputs, samples, strict=True))
+    for wrapper in quantized.operators.values():
+        inputs = [values[name] for name in wrapper.operator.inputs] or samples[:1]
+        values[wrapper.operator.output] = wrapper.float_call(inputs if len(inputs) > 1 else inputs[0], training=False)
+    for name, real in zip(quantized.plan.outputs, expected, strict=True):
+        np.testing.assert_allclose(values[name], real, rtol=1e-3, atol=1e-4 * rms(real) + 1e-6, err_msg=name)
+
+
+def check_plan(plan: QuantPlan) -> None:
+    """Every tensor has one maker, before its readers, and one grid that all of its group share."""
+    made = list(plan.inputs)
+    for operator in plan.operators:
+        assert set(operator.inputs) <= set(made), f"{operator.name} reads what is not made yet"
+        made.append(operator.output)
+    assert len(set(made)) == len(made) and set(made) == set(plan.tensors)
+    assert set(plan.outputs) <= set(made)
+    nodes = [node for operator in plan.operators for node in operator.nodes]
+    assert len(set(nodes)) == len(nodes)
+    for tensor in plan.tensors.values():
+        group = [other for other in plan.tensors.values() if other.group == tensor.group]
+        assert tensor.group in plan.tensors and len({other.spec for other in group}) == 1, tensor.name
+        assert (tensor.fixed is not None) == (tensor.output is Output.FIXED), tensor.name
+        fixed = {other.fixed for other in group if other.fixed}
+        assert not fixed or (len(fixed) == 1 and not plan.members(tensor.group)), f"{tensor.name} is fixed and observed"
+        assert fixed or tensor.spec is None or plan.members(tensor.group), f"{tensor.name} is never observed"
+    for operator in plan.operators:
+        output = plan.tensors[operator.output]
+        if output.output is Output.SHARED and output.spec is not None:
+            quantized = [plan.tensors[name] for name in operator.inputs if plan.tensors[name].dtype == "float32"]
+            assert {tensor.group for tensor in quantized} == {output.group}, operator.name
+
+
+def check_stripped(quantized: QuantizedModel, model: keras.Model, expected, inputs) -> None:
     """An untrained quantized model holds exactly the float model."""
     stripped = strip(quantized)
     assert [type(layer) for layer in stripped.layers] == [type(layer) for layer in model.layers]
-    for got, expected in zip(outputs_of(stripped, samples), outputs_of(model, samples), strict=True):
-        np.testing.assert_array_equal(got, expected)
+    for got, real in zip(outputs_of(stripped, inputs), expected, strict=True):
+        np.testing.assert_array_equal(got, real)
 
 
 def check_training_step(quantized: QuantizedModel, samples) -> None:
     """One step: gradients are finite, and not zero for any variable that moves the output."""
     rng = np.random.default_rng(2)
     with tf.GradientTape() as tape:
-        outputs = tf.nest.flatten(quantized(samples if len(samples) > 1 else samples[0], training=True))
+        outputs = keras.tree.flatten(quantized(arranged(quantized, samples), training=True))
         loss = sum(tf.reduce_mean(tf.square(y - rng.normal(size=y.shape).astype(np.float32))) for y in outputs)
     variables = quantized.trainable_variables
     cancelled = {
@@ -138,6 +207,7 @@ def check_training_step(quantized: QuantizedModel, samples) -> None:
         if wrapper.batch_norm is not None and wrapper.layer.use_bias
     }
     gradients = tape.gradient(loss, [variable.value for variable in variables])
+    gradients = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in gradients]
     for variable, gradient in zip(variables, gradients, strict=True):
         assert gradient is not None, variable.path
         assert np.isfinite(gradient).all(), variable.path
@@ -155,20 +225,20 @@ def check_parity(parity: Parity, exact: bool) -> None:
         assert parity.end_to_end.identical == 1.0
 
 
-def check_same_everywhere(quantized: QuantizedModel, content: bytes, samples, exact: bool) -> None:
-    """Eager calls, `predict` and the file agree on every output, as real values."""
-    session = Session(content)
-    raw = session.predict(samples)
-    from_file = session.dequantize(raw) if exact else None
-    from_file = from_file if isinstance(from_file, list) else [from_file]
-    predicted = tf.nest.flatten(quantized.predict(samples if len(samples) > 1 else samples[0], verbose=0))
-    for index, eager in enumerate(outputs_of(quantized, samples)):
-        np.testing.assert_array_equal(predicted[index], eager)
-        if exact:
-            np.testing.assert_allclose(from_file[index], eager, rtol=1e-6, atol=1e-6)
+def check_same_everywhere(quantized: QuantizedModel, content: bytes, samples, outputs, exact: bool) -> None:
+    """The file gives the outputs of eager calls, as real values; so does the compiled model, which `predict` uses."""
+    if exact:
+        session = Session(content)
+        from_file = keras.tree.flatten(session.dequantize(session.predict(samples)))
+        for got, expected in zip(from_file, outputs, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    if len(quantized.plan.operators) <= LARGEST_COMPILED:
+        compiled = tf.function(lambda inputs: quantized(inputs, training=False), autograph=False)
+        for got, expected in zip(keras.tree.flatten(compiled(arranged(quantized, samples))), outputs, strict=True):
+            np.testing.assert_array_equal(got, expected)
 
 
-def check_saving(quantized: QuantizedModel, samples) -> None:
+def check_saving(quantized: QuantizedModel, samples, outputs) -> None:
     """`save` and `load_model` keep outputs, ranges and the plan, without any scope."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.keras")
@@ -177,5 +247,5 @@ def check_saving(quantized: QuantizedModel, samples) -> None:
     assert loaded.plan == quantized.plan
     for name, quantizer in quantized.quantizers.items():
         np.testing.assert_array_equal(loaded.quantizers[name].ranges(), quantizer.ranges())
-    for got, expected in zip(outputs_of(loaded, samples), outputs_of(quantized, samples), strict=True):
+    for got, expected in zip(outputs_of(loaded, samples), outputs, strict=True):
         np.testing.assert_array_equal(got, expected)

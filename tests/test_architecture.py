@@ -16,16 +16,25 @@ HEAVY = {"tensorflow", "keras", "tf_keras", "ai_edge_litert", "matplotlib", "skl
 MAY_IMPORT = {
     "errors": set(),
     "schemes": {"errors"},
-    "numerics": {"schemes", "errors"},
-    "rules": set(),
+    "numerics": {"schemes"},
     "graph": {"errors"},
-    "lowering": {"errors", "graph", "rules"},
+    "primitives": {"graph"},
+    "rules": {"primitives"},
+    "lowerer": {"graph", "primitives", "rules"},
+    "lower_shapes": {"graph", "lowerer"},
+    "lower_products": {"graph", "lower_shapes", "lowerer"},
+    "lower_operators": {"graph", "lower_products", "lower_shapes", "lowerer", "primitives", "rules"},
+    "lower_layers": {"graph", "lower_operators", "lower_products", "lower_shapes", "lowerer", "primitives"},
+    "formulas": {"graph", "primitives"},
+    "lowering": {"errors", "formulas", "graph", "lower_layers", "lower_operators", "lowerer", "rules"},
     "plan": {"errors", "graph", "rules", "schemes"},
-    "fakequant": {"errors", "numerics", "schemes"},
-    "kernels": {"errors", "fakequant", "numerics", "schemes"},
-    "wrappers": {"errors", "fakequant", "kernels", "numerics", "plan", "rules", "schemes", "graph"},
+    "fakequant": {"numerics", "schemes"},
+    "fixed_point": set(),
+    "kernels": {"fakequant", "fixed_point", "primitives"},
+    "wrappers": {"fakequant", "kernels", "numerics", "plan", "rules", "schemes"},
+    "quantize": {"errors", "fakequant", "graph", "lowering", "plan", "rules", "schemes", "wrappers"},
     "flatbuffer": {"errors"},
-    "runtime": {"errors", "flatbuffer", "numerics", "schemes"},
+    "runtime": {"errors", "flatbuffer", "numerics"},
     "evaluate": {"errors"},
     "recipe": {"errors"},
     "models": {"errors", "quantize"},
@@ -67,6 +76,13 @@ def test_arrows(name):
     assert inside(imports(modules()[name])) <= MAY_IMPORT[name]
 
 
+def test_only_lowering_knows_how_layers_are_lowered():
+    """What comes after sees the lowered graph and the table of rules."""
+    parts = {"lowerer", "lower_layers", "lower_operators", "lower_products", "lower_shapes", "formulas"}
+    importers = {name for name, path in modules().items() if inside(imports(path)) & parts}
+    assert importers <= {"lowering", *parts}
+
+
 @pytest.mark.parametrize("name", ["quantize", "calibrate", "convert", "parity", "train"])
 def test_the_core_does_not_know_the_program(name):
     assert not inside(imports(modules()[name])) & {"pipeline", "cli", "console", "report", "bench", "rundir"}
@@ -77,6 +93,20 @@ def test_results_and_recipes_never_import_keras(name):
     found = {imported.split(".")[0] for imported in imports(modules()[name])}
     assert not found & {"keras", "tensorflow", "tf_keras"}
     assert not inside(imports(modules()[name])) & {"quantize", "models", "train", "convert", "calibrate"}
+
+
+def test_only_the_program_knows_keras_2():
+    importers = {name for name, path in modules().items() if "legacy" in inside(imports(path))}
+    assert {name for name in importers if not name.startswith("legacy.")} <= {"cli", "pipeline"}
+
+
+def test_only_the_other_process_imports_keras_2():
+    """Importing TFMOT changes TensorFlow's Keras for everyone in the process."""
+    packages = {"tf_keras", "tensorflow_model_optimization"}
+    importers = {n for n, path in modules().items() if {i.split(".")[0] for i in imports(path)} & packages}
+    assert importers == {"legacy.training", "legacy.worker"}
+    users = {name for name, path in modules().items() if imports(path) & {f"mobileqat.{name}" for name in importers}}
+    assert users == {"legacy.training", "legacy.worker"}
 
 
 def test_only_the_command_line_knows_the_pipeline():
@@ -121,6 +151,7 @@ HEAVY_MODULES = f"import sys; print(sorted({HEAVY!r} & set(sys.modules)))"
         "import mobileqat.numerics, mobileqat.flatbuffer, mobileqat.runtime, mobileqat.evaluate",
         "from mobileqat import inspect, MobileQatError",
         "import mobileqat.models",
+        "import mobileqat.legacy.worker",
     ],
 )
 def test_light_imports(statement):

@@ -125,6 +125,28 @@ def test_several_inputs():
         np.testing.assert_array_equal(quantized.quantizers["right"].ranges(), [[2 * X.min(), 2 * X.max()]])
 
 
+def test_whole_numbers():
+    """Indices have no range; what they look up has that of the table."""
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    model = keras.Model(tokens, L.Dense(2)(L.Embedding(7, 3, name="embedding")(tokens)))
+    quantized = quantize_model(model)
+    assert "tokens" not in quantized.quantizers
+    table = model.get_layer("embedding").embeddings.numpy()
+    for data in (np.zeros((4, 5), np.int32), np.ones((4, 5)), {"tokens": np.zeros((4, 5), np.int64)}):
+        calibrate(quantized, data)
+        np.testing.assert_allclose(quantized.quantizers["embedding"].ranges(), [[table.min(), table.max()]])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_range_of_a_constant_is_that_of_its_values(method):
+    """It is known, so that no method may cut it."""
+    model = sequential(L.PReLU(alpha_initializer="random_normal"), shape=(6, 6, 2))
+    alpha = model.layers[0].alpha.numpy()
+    ranges = ranges_after(X, method, model)
+    (constant,) = [values for name, values in ranges.items() if name.endswith("alpha")]
+    np.testing.assert_allclose(constant, [alpha.min(), alpha.max()])
+
+
 # --- faults
 
 

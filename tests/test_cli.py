@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from mobileqat import cli
 from mobileqat.errors import ParityError, TrainingError
 
-COMMANDS = ("bench", "convert", "evaluate", "inspect", "recipes", "report", "train", "verify")
+COMMANDS = ("bench", "convert", "evaluate", "import-keras2", "inspect", "recipes", "report", "train", "verify")
 RECIPE = """
 name: tiny
 description: one dense layer
@@ -123,14 +123,15 @@ def test_help():
         "  -h, --help  Show this message and exit.\n"
         "\n"
         "Commands:\n"
-        "  bench     Measure the latency of FILES on this machine.\n"
-        "  convert   Convert MODEL to an integer .tflite file.\n"
-        "  evaluate  Score MODEL on the test split of --data.\n"
-        "  inspect   Say what is inside FILE, and whether it is fully integer.\n"
-        "  recipes   List the shipped recipes.\n"
-        "  report    Print the report of RUN_DIR again.\n"
-        "  train     Run a RECIPE: a file, or the name of a shipped one.\n"
-        "  verify    Compare the quantized Keras MODEL with FILE, in LSBs.\n"
+        "  bench          Measure the latency of FILES on this machine.\n"
+        "  convert        Convert MODEL to an integer .tflite file.\n"
+        "  evaluate       Score MODEL on the test split of --data.\n"
+        "  import-keras2  Rebuild the Keras 2 model SOURCE in Keras 3 as TARGET.\n"
+        "  inspect        Say what is inside FILE, and whether it is fully integer.\n"
+        "  recipes        List the shipped recipes.\n"
+        "  report         Print the report of RUN_DIR again.\n"
+        "  train          Run a RECIPE: a file, or the name of a shipped one.\n"
+        "  verify         Compare the quantized Keras MODEL with FILE, in LSBs.\n"
     )
 
 

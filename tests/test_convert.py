@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from contract import give_trained_weights, sequential
 from keras import layers as L
+from keras import ops
 
 from mobileqat import flatbuffer
 from mobileqat.calibrate import calibrate
@@ -129,6 +130,99 @@ def test_an_input_that_is_an_output():
     outputs = session.dequantize(session.predict(X[:, :4, :4, :2]))
     for got, expected in zip(outputs, quantized(X[:, :4, :4, :2]), strict=True):
         np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+# --- constants, tables, whole numbers
+
+
+def from_sequences(function, shape=(6, 4), dtype="float32", **options):
+    """A quantized model of a function of one input, with its samples."""
+    x = keras.Input(shape, dtype=dtype, name="x")
+    model = keras.Model(x, function(x))
+    give_trained_weights(model)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(0, 7, (12, *shape)) if dtype == "int32" else rng.normal(size=(12, *shape))
+    result = quantize_model(model, **options)
+    calibrate(result, samples.astype(dtype))
+    return result, samples.astype(dtype)
+
+
+def named(content):
+    return {tensor.name: tensor for tensor in flatbuffer.read(content).tensors}
+
+
+def test_constant_operands_are_stored_on_their_grid():
+    quantized, _ = from_sequences(lambda x: L.PReLU(name="act")(x) * 0.5)
+    tensors = named(convert(quantized))
+    wrapper = quantized.operators["act/alpha"]
+    stored = tensors["act/alpha"]
+    np.testing.assert_array_equal(stored.data, wrapper.constant())
+    assert stored.dtype == "int8" and stored.scales[0] == wrapper.output_quantizer.grid()[0]
+
+
+def test_a_constant_kept_in_float_is_stored_so():
+    quantized, samples = from_sequences(lambda x: L.Dense(3)(L.PReLU(name="act")(x)), exclude=["act*"])
+    assert named(convert(quantized))["act/alpha"].dtype == "float32"
+    assert verify(quantized, convert(quantized), samples).passed
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batch_sizes_of_all_kinds_of_operators(batch_size):
+    """Constants that are repeated for every sample, indices, slices and shapes follow the batch."""
+
+    def function(x):
+        y = L.GRU(4, return_sequences=True)(L.MultiHeadAttention(2, 3)(x, x))
+        y = ops.concatenate([y[:, 1:], ops.flip(y, 1)], 1)
+        return ops.tile(ops.pad(ops.repeat(y, 2, 1), ((0, 0), (1, 0), (0, 0))), (1, 1, 2))
+
+    quantized, samples = from_sequences(function, (2, 4))
+    content = convert(quantized, batch_size=batch_size)
+    assert inspect(content).fully_integer
+    parity = verify(quantized, content, samples, simulated=np.asarray(quantized(samples)))
+    assert parity.passed, parity.problems
+
+
+def test_a_function_without_an_operator_is_a_table():
+    quantized, samples = from_sequences(lambda x: L.Activation("softplus", name="plus")(L.Dense(3, name="dense")(x)))
+    content = convert(quantized)
+    file = flatbuffer.read(content)
+    assert [op.name for op in file.operators] == ["FULLY_CONNECTED", "CAST", "CAST", "GATHER"]
+    scale, zero_point = quantized.quantizers["plus"].grid()
+    in_scale, in_zero_point = quantized.quantizers["dense"].grid()
+    real = np.log1p(np.exp((np.arange(-128, 128) - in_zero_point) * np.float64(in_scale)))
+    expected = np.clip(np.floor(real / scale + 0.5) + zero_point, -128, 127)
+    stored = np.roll(named(content)["plus/table"].data, 128)
+    assert np.mean(stored == expected) > 0.99 and np.abs(stored - expected).max() <= 1
+    inspection = inspect(content)
+    assert inspection.fully_integer and inspection.islands == ()
+    assert verify(quantized, content, samples).passed
+
+
+@pytest.mark.parametrize("input_type", TYPES)
+def test_indices_stay_int32(input_type):
+    quantized, samples = from_sequences(lambda x: L.GlobalMaxPooling1D()(L.Embedding(7, 3)(x)), (5,), "int32")
+    content = convert(quantized, input_type=input_type)
+    session = Session(content)
+    assert session.inputs[0].dtype == "int32" and inspect(content).fully_integer
+    np.testing.assert_allclose(session.dequantize(session.predict(samples)), quantized(samples), atol=1e-6)
+
+
+def test_a_table_of_weights_is_stored_once():
+    x = keras.Input((5,), dtype="int32", name="x")
+    y = keras.Input((4,), dtype="int32", name="y")
+    embedding = L.Embedding(7, 3)
+    quantized = quantize_model(keras.Model([x, y], L.Concatenate(axis=1)([embedding(x), embedding(y)])))
+    tokens = [np.zeros((2, 5), np.int32), np.ones((2, 4), np.int32)]
+    calibrate(quantized, tokens)
+    content = convert(quantized)
+    assert sum(t.is_constant and t.shape == (7, 3) for t in flatbuffer.read(content).tensors) == 1
+    assert verify(quantized, content, tokens).passed
+
+
+def test_constants_of_zeros():
+    """Not a collapsed range: slopes start at 0, and a constant may be 0 on purpose."""
+    quantized, samples = from_sequences(lambda x: L.PReLU()(ops.maximum(x, np.zeros(4, np.float32))))
+    assert verify(quantized, convert(quantized), samples).passed
 
 
 # --- what stops a conversion

@@ -132,12 +132,51 @@ def test_calibration_starts_the_average():
     np.testing.assert_allclose(layer.ranges(), [[-2, 6]])
 
 
+def test_a_decay_of_zero_keeps_the_last_range_only():
+    layer = FakeQuantize(INT8, ("a", "b"), ema_decay=0.9)
+    for values in ([-1, 2], [-3, 1]):
+        layer(np.float32(values), member="a", training=True, ema_decay=0.0)
+    np.testing.assert_array_equal(layer.ranges()[0], [-3, 1])
+    assert np.isnan(layer.ranges()[1]).all()
+
+
+def test_what_is_no_member_is_not_observed():
+    """A bound that activations are clipped at lies on their grid, and does not move it."""
+    layer = calibrated()
+    values = layer(np.float32([-50, 0.5]), member="bound", training=True)
+    np.testing.assert_array_equal(layer.ranges(), [[-1, 2]])
+    assert float(values[0]) == pytest.approx(-1, abs=0.02)
+
+
+@pytest.mark.parametrize("full_range, lowest", [(False, -127), (True, -128)])
+def test_symmetric_grids(full_range, lowest):
+    """One with its full range gives the kernel's lowest integer too; zero is exact, and so is its gradient."""
+    layer = calibrated(-1.27, 1.27, QuantSpec(8, symmetric=True, full_range=full_range))
+    layer.observing = False
+    scale, zero_point = layer.parameters()
+    assert float(zero_point) == 0 and float(scale) == pytest.approx(0.01)
+    for training in (True, False):
+        got = np.round(np.asarray(layer(np.float32([-9, 0, 9]), member="x", training=training)) / scale)
+        np.testing.assert_array_equal(got, [lowest, 0, 127])
+
+
 @pytest.mark.parametrize("training, observing", [(False, True), (None, True), (True, False)])
 def test_ranges_that_do_not_move(training, observing):
     layer = calibrated()
     layer.observing = observing
     layer(np.float32([-50, 50]), member="x", training=training)
     np.testing.assert_array_equal(layer.ranges(), [[-1, 2]])
+
+
+def test_parameters_follow_the_ranges_in_traced_code():
+    """They are computed once per graph, not once for ever."""
+    layer = calibrated()
+    function = tf.function(lambda x: layer(x) + layer(2.0 * x))
+    before = function(tf.constant([0.7])).numpy()
+    layer.set_range("x", -1, 1)
+    after = function(tf.constant([0.7])).numpy()
+    np.testing.assert_allclose(after, layer(np.float32([0.7])) + layer(np.float32([1.4])), rtol=1e-6)
+    assert after < before
 
 
 def test_grid_holds_every_member():

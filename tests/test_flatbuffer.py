@@ -5,6 +5,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import flatbuffers
 import numpy as np
@@ -394,6 +395,14 @@ def test_legacy_uint8_is_an_island():
     inner = {f"subgraphs__0__tensors__{index}__type": schema.TensorType.UINT8 for index in range(3)}
     (island,) = flatbuffer.inspect(one_tensor_model(**inner)).islands
     assert island.operator_name == "ADD" and "before int8" in island.reason
+
+
+@pytest.mark.parametrize(
+    ("operator", "scales", "expected"), [("CAST", None, True), ("CAST", [0.1], False), ("ADD", None, False)]
+)
+def test_bytes_on_their_way_to_a_table_are_no_island(operator, scales, expected):
+    tensor = SimpleNamespace(dtype="uint8", scales=scales)
+    assert flatbuffer._is_index(SimpleNamespace(name=operator), tensor) == expected
 
 
 # --- exposing

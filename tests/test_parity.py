@@ -96,6 +96,35 @@ def test_catches_a_changed_weight(quantized, content):
     assert [op.operator for op in result.operators if not op.passed] == ["conv"], "only the guilty operator"
 
 
+def with_slopes():
+    model = sequential(L.Conv2D(4, 3), L.PReLU(shared_axes=[1, 2], name="act"), shape=(8, 8, 3))
+    give_trained_weights(model)
+    model.get_layer("act").alpha.assign([[[0.1, 0.2, 0.3, -0.4]]])
+    return calibrated(model)
+
+
+def test_compares_constant_operands():
+    """A changed one is found as a weight, and not once more as an operator: both worlds are fed the model's own."""
+    quantized = with_slopes()
+    content = convert(quantized)
+    result = verify(quantized, content, X)
+    assert result.passed and result.weights.compared == 4 * 27 + 4 + 4
+    assert [op.kind for op in result.operators] == ["CONV_2D", "PRELU"]
+    changed = verify(quantized, with_other_bytes(content, "act/alpha"), X)
+    assert changed.weights.identical == result.weights.compared - 1 and not changed.passed
+
+
+def test_catches_a_changed_table():
+    quantized = calibrated(sequential(L.Conv2D(4, 3), L.Activation("mish", name="act"), shape=(8, 8, 3)))
+    content = convert(quantized)
+    assert verify(quantized, content, X).passed
+    table = next(t.data for t in flatbuffer.read(content).tensors if t.name == "act/table")
+    result = verify(
+        quantized, content.replace(table.tobytes(), np.clip(table + 3, -128, 127).astype(np.int8).tobytes()), X
+    )
+    assert [op.kind for op in result.operators if not op.passed] == ["TABLE"]
+
+
 def test_catches_a_changed_range(content):
     other = calibrated()
     calibrate(other, 2 * X)

@@ -301,6 +301,30 @@ def subclassed():
     return Subclassed()
 
 
+@keras.saving.register_keras_serializable("tests")
+class Custom(keras.Model):
+    def __init__(self, classes, **options):
+        super().__init__(**options)
+        self.convolution = keras.layers.Conv2D(4, 3, activation="relu")
+        self.head = keras.layers.Dense(classes, activation="softmax")
+        self.classes = classes
+
+    def call(self, x):
+        return self.head(keras.ops.mean(self.convolution(x), axis=(1, 2)))
+
+    def get_config(self):
+        return super().get_config() | {"classes": self.classes}
+
+
+def custom(input_shape, classes):
+    return Custom(classes, name="custom")
+
+
+def open_sizes(input_shape, classes):
+    image = keras.Input((None, None, input_shape[-1]))
+    return keras.Model(image, Custom(classes)(image))
+
+
 def nan_weights(input_shape, classes):
     model = dense_model(input_shape, classes)
     kernel, bias = model.get_weights()
@@ -311,9 +335,9 @@ def nan_weights(input_shape, classes):
 
 def unsupported(input_shape, classes):
     image = keras.Input(input_shape)
-    x = keras.layers.LayerNormalization(name="normalized")(image)
+    x = keras.layers.BatchNormalization(axis=1, name="normalized")(image)
     x = keras.layers.Conv2D(4, 3, name="conv")(x)
-    x = keras.layers.UnitNormalization(name="unit")(x)
+    x = keras.layers.Softmax(axis=(1, 3), name="softmax")(x)
     return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(x)))
 
 
@@ -345,7 +369,7 @@ def tiny(*overrides):
         ("model.name=test_pipeline:wrong_input", ModelError, "takes inputs of shape [(None, 5, 5, 1)]"),
         ("model.name=test_pipeline:two_outputs", ModelError, "expected one output of shape (None, 10)"),
         ("model.name=test_pipeline:map_output", ModelError, "outputs of shape [(None, 6, 6, 10)]"),
-        ("model.name=test_pipeline:subclassed", ModelError, "functional or sequential"),
+        ("model.name=test_pipeline:subclassed", ModelError, "computes nothing"),
         ("model.name=test_pipeline:nan_weights", ModelError, "NaN or infinite values in 1 of 2 weights"),
         ("model.weights=absent.keras", ModelError, "There is no file 'absent.keras'"),
         ("model.args={depth: 3}", ModelError, "unexpected keyword argument 'depth'"),
@@ -364,8 +388,8 @@ def test_what_cannot_run_ends_before_any_training(tmp_path, override, error, pro
 def test_all_unsupported_layers_are_reported_before_any_training(tmp_path):
     with pytest.raises(UnsupportedModelError) as raised:
         pipeline.train(tiny("model.name=test_pipeline:unsupported", "float.epochs=1"), tmp_path / "run")
-    assert "normalized" in str(raised.value) and "unit" in str(raised.value)
-    assert "conv" not in str(raised.value)
+    assert "- normalized" in str(raised.value) and "- softmax" in str(raised.value)
+    assert "- conv" not in str(raised.value)
     assert not (tmp_path / "run" / "tensorboard").exists()
 
 
@@ -442,6 +466,14 @@ def test_other_interface_types_run_through(tmp_path, input_type, output_type):
     inspection = results["variants"]["ptq"]["inspection"]
     assert inspection["inputs"][0]["dtype"] == input_type
     assert inspection["outputs"][0]["dtype"] == output_type
+
+
+@pytest.mark.parametrize("model", ["custom", "open_sizes"])
+def test_models_whose_shapes_the_data_tells(tmp_path, model):
+    """A subclassed model, and one whose input leaves its sizes open."""
+    results = pipeline.train(tiny(f"model.name=test_pipeline:{model}"), tmp_path / "run")
+    assert all(results["variants"][variant]["parity"]["passed"] for variant in ("ptq", "qat"))
+    assert results["variants"]["qat"]["inspection"]["inputs"][0]["shape"] == (1, 8, 8, 1)
 
 
 # ------------------------------------------------------------------ the shipped recipes

@@ -3,20 +3,22 @@
 import json
 
 import keras
+import numpy as np
 import pytest
 from contract import sequential
 from keras import layers as L
+from keras import ops
 
 from mobileqat.errors import MobileQatError
 from mobileqat.graph import read
-from mobileqat.lowering import lower
+from mobileqat.lowering import expand, lower
 from mobileqat.plan import make_plan
-from mobileqat.rules import GONE, Output
+from mobileqat.rules import CONSTANT, GONE, Output
 from mobileqat.schemes import QuantSpec, get_scheme
 
 
 def plan_of(model, exclude=(), pinned=()):
-    return make_plan(lower(read(model), pinned), get_scheme("w8a8"), exclude)
+    return make_plan(lower(read(model, expand), pinned), get_scheme("w8a8"), exclude)
 
 
 def small_model():
@@ -80,7 +82,15 @@ def test_what_may_not_fuse(build):
 )
 def test_fused_activations(max_value, fused):
     plan = plan_of(sequential(L.Conv2D(3, 1), L.ReLU(max_value)))
-    assert [op.fused_activation for op in plan.operators] == fused
+    assert [op.fused_activation for op in plan.operators if op.kind != CONSTANT] == fused
+
+
+def test_what_lowering_makes_foldable_is_folded():
+    """A BatchNormalization of its own would be left out of the file."""
+    for layers in ([L.Flatten(), L.BatchNormalization()], [L.ReLU(), L.BatchNormalization(), L.BatchNormalization()]):
+        plan = plan_of(sequential(L.Conv2D(3, 3), *layers))
+        assert not [op for op in plan.operators if op.kind == GONE]
+        assert sum(op.batch_norm is not None for op in plan.operators) == len(layers) - 1
 
 
 def test_shared_convolution_folds_each_batch_normalization():
@@ -125,3 +135,131 @@ def test_rows_for_reports():
     }  # fmt: skip
     assert rows[2]["tensor"] == "pool" and rows[2]["shared_with"] == "relu"
     assert rows[-1]["parameters"] == "fixed by the kernel"
+
+
+# --- constants, products of activations, whole numbers
+
+
+def test_constants_are_operators_without_inputs():
+    x = keras.Input((4, 3), name="x")
+    plan = plan_of(keras.Model(x, ops.multiply(x, 0.5)))
+    constant, product = plan.operators
+    assert (constant.kind, constant.inputs, constant.quantized) == (CONSTANT, (), True)
+    assert product.inputs == ("x", constant.output) and plan.is_constant(constant.output)
+    planned = plan.tensors[constant.output]
+    assert (planned.shape, planned.has_batch, planned.dtype) == ((1, 1, 1), False, "float32")
+    assert planned.output is Output.OWN and plan.members(constant.output) == [constant.output]
+
+
+def test_constants_beside_activations_are_no_members():
+    """A bound that values are clipped at does not widen their range."""
+    x = keras.Input((4, 3), name="x")
+    plan = plan_of(keras.Model(x, ops.minimum(L.Dense(3, name="dense")(x), 100.0)))
+    (constant,) = [op.output for op in plan.operators if op.kind == CONSTANT]
+    group = plan.tensors["dense"].group
+    assert plan.tensors[constant].group == group and plan.members(group) == ["dense"]
+
+
+def test_a_table_of_embeddings_has_its_own_range():
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    plan = plan_of(keras.Model(tokens, L.Embedding(7, 3, name="embedding")(tokens)))
+    (table,) = [op.output for op in plan.operators if op.kind == CONSTANT]
+    assert plan.tensors["tokens"].dtype == "int32" and plan.tensors["tokens"].spec is None
+    assert plan.tensors["tokens"].reason == "whole numbers"
+    group = plan.tensors["embedding"].group
+    assert plan.members(group) == [table] and plan.tensors[table].shape == (7, 3)
+    assert plan.tensors["tokens"].group != group
+
+
+def test_a_shared_constant_is_one_operator():
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    embedding = L.Embedding(7, 3)
+    plan = plan_of(keras.Model(tokens, [embedding(tokens), embedding(tokens)]))
+    assert [op.kind for op in plan.operators] == [CONSTANT, "GATHER", "GATHER"]
+
+
+def products(second):
+    x = keras.Input((4, 3), name="x")
+    a, b = L.Dense(3, name="a")(x), L.Dense(3, name="b")(x)
+    return plan_of(keras.Model(x, ops.matmul(a, second(b))))
+
+
+def test_the_right_operand_of_a_product_is_symmetric():
+    plan = products(lambda b: ops.transpose(b, (0, 2, 1)))
+    symmetric = {name for name, tensor in plan.tensors.items() if tensor.spec.symmetric}
+    assert symmetric == {"b", "transpose"}, "what shares parameters with it, and nothing else"
+
+
+def test_a_fixed_right_operand_stays_as_it_is():
+    plan = products(lambda b: ops.softmax(ops.transpose(b, (0, 2, 1))))
+    assert not any(tensor.spec.symmetric for tensor in plan.tensors.values())
+
+
+def test_attention():
+    """Keys and values are symmetric, queries and probabilities are not."""
+    x = keras.Input((4, 6), name="x")
+    plan = plan_of(keras.Model(x, L.MultiHeadAttention(2, 3, name="attention")(x, x)))
+    products = [op for op in plan.operators if op.kind == "BATCH_MATMUL"]
+    assert [[plan.tensors[name].spec.symmetric for name in op.inputs] for op in products] == [[False, True]] * 2
+    assert plan.tensors[products[1].inputs[0]].output is Output.FIXED
+    assert not plan.tensors["x"].spec.symmetric
+
+
+def test_functions_that_are_tables_cannot_stay_in_float():
+    model = sequential(L.Dense(3, name="dense"), L.Activation("softplus", name="plus"))
+    assert [op.kind for op in plan_of(model).operators] == ["FULLY_CONNECTED", "TABLE"]
+    with pytest.raises(MobileQatError, match="no float operator for softplus"):
+        plan_of(model, ("plus",))
+
+
+def test_exclude_names_paths_of_the_model_or_of_what_it_becomes():
+    model = sequential(L.LayerNormalization(name="norm"), L.Dense(2, name="head"), shape=(4, 3))
+    assert {op.quantized for op in plan_of(model, ("norm",)).operators if op.name.startswith("norm/")} == {False}
+    assert [op.name for op in plan_of(model, ("norm/subtract",)).operators if not op.quantized] == ["norm/subtract"]
+    linear = sequential(L.Dense(2, name="head"), L.Activation("linear", name="nothing"))
+    assert all(op.quantized for op in plan_of(linear, ("nothing",)).operators), "it has vanished, but is no mistake"
+
+
+# --- borders of float islands
+
+
+def borders(model, exclude):
+    return [
+        (row["tensor"], row["conversion"], row["made_by"], row["read_by"]) for row in plan_of(model, exclude).borders()
+    ]
+
+
+def test_borders_of_an_island():
+    assert plan_of(small_model()).borders() == []
+    assert borders(small_model(), ("pool",)) == [
+        ("relu", "DEQUANTIZE", "conv", ["pool"]), ("pool", "QUANTIZE", "pool", ["flat"]),
+    ]  # fmt: skip
+    assert [row["conversion"] for row in plan_of(small_model(), ("flat",)).borders()] == ["DEQUANTIZE", "QUANTIZE"]
+
+
+def test_borders_at_the_ends_of_the_model():
+    assert borders(small_model(), ("conv",)) == [("relu", "QUANTIZE", "conv", ["pool"])]
+    assert borders(small_model(), ("head*",)) == [("flat", "DEQUANTIZE", "flat", ["head"])]
+    assert borders(small_model(), ("*",)) == []
+
+
+def test_borders_where_both_kinds_read():
+    x = keras.Input((4, 4, 3), name="x")
+    a = L.Conv2D(3, 1, name="a")(x)
+    model = keras.Model(x, [L.Conv2D(2, 1, name="b")(a), L.Conv2D(2, 1, name="c")(a)])
+    assert ("a", "DEQUANTIZE", "a", ["c"]) in borders(model, ("c",))
+    found = borders(model, ("a", "c"))
+    assert ("a", "QUANTIZE", "a", ["b"]) in found and ("a", "DEQUANTIZE", "a", ["c"]) in found
+
+
+def test_borders_are_the_conversions_of_the_file():
+    from mobileqat import flatbuffer
+    from mobileqat.calibrate import calibrate
+    from mobileqat.convert import convert
+    from mobileqat.quantize import quantize_model
+
+    quantized = quantize_model(small_model(), exclude=["pool"])
+    calibrate(quantized, np.random.default_rng(0).normal(size=(8, 9, 9, 3)).astype(np.float32))
+    file = flatbuffer.read(convert(quantized))
+    written = [op.name for op in file.operators if op.name in ("QUANTIZE", "DEQUANTIZE")]
+    assert written == [row["conversion"] for row in quantized.plan.borders()]

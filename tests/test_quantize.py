@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from contract import check_layer, give_trained_weights, outputs_of, rms, sequential
+from contract import check_layer, check_lowering, give_trained_weights, outputs_of, rms, sequential
 from keras import layers as L
 
 from mobileqat import flatbuffer
@@ -59,6 +59,12 @@ def test_input_range_must_be_a_range(input_range):
 def test_quantized_twice():
     with pytest.raises(ModelError, match="quantized already"):
         quantize_model(quantize_model(small_model()))
+
+
+@pytest.mark.parametrize("layers", [[L.Activation("linear")], [L.Reshape((8, 8, 3)), L.Dropout(0.5)]])
+def test_models_that_compute_nothing(layers):
+    with pytest.raises(ModelError, match="computes nothing"):
+        quantize_model(sequential(*layers, shape=(8, 8, 3)))
 
 
 @pytest.mark.parametrize("exclude", [["nothing"], ["conv", "heads"]])
@@ -257,6 +263,13 @@ def test_integer_inputs(dtype):
         assert verify(quantized, convert(quantized), pixels.astype(np.float32)).passed
 
 
+def test_open_sizes_are_told():
+    model = keras.Sequential([keras.Input((None, None, 3), name="x"), L.Conv2D(4, 3), L.GlobalAveragePooling2D()])
+    quantized = calibrated(model, input_shape=(8, 8, 3))
+    assert verify(quantized, convert(quantized), X).passed
+    assert strip(quantized).input_shape == (None, None, None, 3)
+
+
 # --- saving
 
 
@@ -284,6 +297,12 @@ def test_options_survive_saving(tmp_path):
     loaded = keras.models.load_model(tmp_path / "q.keras")
     assert loaded.plan == quantized.plan
     assert loaded.quantizers["x"].pinned == (-1, 1) and loaded.quantizers["relu"].ema_decay == 0.5
+
+
+def test_input_shape_survives_saving(tmp_path):
+    quantized = calibrated(sequential(L.Conv2D(4, 3), shape=(None, None, 3)), input_shape=(8, 8, 3))
+    quantized.save(tmp_path / "q.keras")
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "q.keras")(X), quantized(X))
 
 
 def test_weights_file(tmp_path):
@@ -320,6 +339,28 @@ def test_strip_gives_the_trained_weights():
     assert rms(stripped(X) - quantized(X)) < 0.1 * rms(stripped(X))
 
 
+def test_strip_puts_parts_of_weights_back():
+    """Weights that were lowered in another layout, or in parts, return to their variables as they were trained."""
+    x = keras.Input((3, 4), name="x")
+    y = L.MultiHeadAttention(2, 3, name="attention")(x, x)
+    y = L.EinsumDense("abc,dc->abd", (3, 5), bias_axes="d", name="einsum")(L.LayerNormalization()(y))
+    model = keras.Model(x, L.GRU(3, name="gru")(L.PReLU()(y)))
+    give_trained_weights(model)
+    samples = np.random.default_rng(0).normal(size=(16, 3, 4)).astype(np.float32)
+    quantized = quantize_model(model)
+    calibrate(quantized, samples)
+    quantized.compile(keras.optimizers.SGD(0.05), "mse", run_eagerly=True)
+    quantized.fit(samples, np.ones((16, 3)), epochs=2, verbose=0)
+    stripped = strip(quantized)
+    moved = {
+        after.path: bool(np.any(np.asarray(after) != np.asarray(before)))
+        for after, before in zip(stripped.trainable_variables, model.trainable_variables, strict=True)
+    }
+    # softmax does not see what a key's bias adds
+    assert [path for path, has_moved in moved.items() if not has_moved and "key/bias" not in path] == []
+    check_lowering(quantized, outputs_of(stripped, [samples]), [samples])
+
+
 def test_strip_takes_quantized_models_only():
     with pytest.raises(ModelError, match="made by quantize_model"):
         strip(small_model())
@@ -339,6 +380,15 @@ def test_a_compiled_float_model():
 
 
 # --- islands of float
+
+
+def test_islands_inside_opened_layers():
+    """A pattern names a layer of the model, and so all that it becomes, or one operator of those."""
+    x = keras.Input((6, 4), name="x")
+    y = L.MultiHeadAttention(2, 3, name="attention")(x, x)
+    model = keras.Model(x, L.Dense(3)(L.LayerNormalization(name="norm")(y)))
+    for exclude in (["norm"], ["attention"], ["attention/*"], ["norm/subtract"]):
+        check_layer(model, exclude=exclude, fully_integer=False, low=-1, high=1)
 
 
 @pytest.mark.parametrize("exclude", ["conv", "pool", "flat", "head", "head/softmax", "*"])

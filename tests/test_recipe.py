@@ -27,7 +27,9 @@ from mobileqat.recipe import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = ["cifar10_resnet8_w8a8", "digits_dscnn_w8a8", "fashion_mnist_mobilenetv1_w8a8"]
-SECTIONS = "name, description, seed, data, model, float, quantize, qat, convert, parity, evaluate, bench, report"
+SECTIONS = (
+    "name, description, seed, engine, data, model, float, quantize, qat, convert, parity, evaluate, bench, report"
+)
 MINIMAL = """\
 name: small
 description: the least that is a recipe
@@ -169,7 +171,8 @@ def test_missing_keys() -> None:
         "r.yaml:1: description: missing, expected one line for the list of recipes, received nothing",
         "r.yaml:1: data.source: missing, expected digits, cifar10, fashion_mnist, image_folder, npz or "
         "module:function, received nothing",
-        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1 or module:function, received nothing",
+        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1 or module:function, or weights with a "
+        "whole model, received nothing",
     ]
 
 
@@ -454,3 +457,49 @@ def test_any_values_are_accepted_or_explained(section: str, key: str, value: Any
     accepts_or_explains(yaml.safe_dump(valid | {section: value}))
     accepts_or_explains(yaml.safe_dump(valid | {section: {key: value}}))
     accepts_or_explains(MINIMAL, f"{section}.{key}={yaml.safe_dump(value, default_flow_style=True)}")
+
+
+# --- engine: tfmot ----------------------------------------------------------------------------------
+
+TFMOT = ("engine=tfmot", "model.name=zoo:build", "float.epochs=0")
+
+
+def test_tfmot_brings_looser_bars_that_a_recipe_can_set() -> None:
+    native, loose, set_by_hand = minimal(), minimal(*TFMOT), minimal(*TFMOT, "parity.min_top1_agreement=0.97")
+    assert native.engine == "native" and native.parity.min_identical_output == 0.99
+    assert (loose.parity.min_top1_agreement, loose.parity.min_identical_output) == (0.95, 0.5)
+    assert (set_by_hand.parity.min_top1_agreement, set_by_hand.parity.min_identical_output) == (0.97, 0.5)
+    assert parse_recipe(dump_recipe(loose), file="r.yaml") == loose
+
+
+def test_a_model_may_be_its_file_alone() -> None:
+    assert minimal("model={weights: old.h5}", "float.epochs=0").model.name is None
+    assert minimal("engine=tfmot", "model={weights: old.h5}").model.name is None
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "received"),
+    [
+        ("quantize.calibration=mse", "quantize.calibration", "'mse'"),
+        ("quantize.input_range=null", "quantize.input_range", "null"),
+        ("qat.distillation=0.5", "qat.distillation", "0.5"),
+        ("qat.ema_decay=0.9", "qat.ema_decay", "0.9"),
+        ("qat.freeze_observers_after=1", "qat.freeze_observers_after", "1.0"),
+        ("parity.max_lsb=2", "parity.max_lsb", "2"),
+    ],
+)
+def test_keys_that_tfmot_has_no_use_for(override: str, key: str, received: str) -> None:
+    message = error_of(MINIMAL, *TFMOT, override)
+    assert message.startswith(f"--set {override}: {key}: has no use for engine tfmot, expected the default")
+    assert message.endswith(f"received {received}")
+
+
+def test_tfmot_cannot_build_a_reference_model() -> None:
+    assert error_of(MINIMAL, "engine=tfmot") == (
+        "r.yaml:4: model.name: a Keras 3 model, expected module:function that returns a tf_keras model, or weights "
+        "with a whole model for engine tfmot, received 'dscnn'"
+    )
+
+
+def test_an_unknown_engine() -> None:
+    assert error_of(MINIMAL, "engine=qkeras").endswith("expected 'native' or 'tfmot', received 'qkeras'")

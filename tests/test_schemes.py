@@ -11,6 +11,7 @@ from mobileqat.schemes import SCHEMES, QuantSpec, get_scheme
     [
         (QuantSpec(8), (-128, 127)),
         (QuantSpec(8, symmetric=True), (-127, 127)),
+        (QuantSpec(8, symmetric=True, full_range=True), (-128, 127)),
         (QuantSpec(4, symmetric=True), (-7, 7)),
         (QuantSpec(16, symmetric=True), (-32767, 32767)),
         (QuantSpec(2), (-2, 1)),

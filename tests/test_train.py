@@ -254,6 +254,21 @@ def test_probabilities_or_logits(layers, expected):
     assert gives_probabilities(model) == expected
 
 
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        (keras.ops.sigmoid, True),
+        (lambda x: keras.ops.reshape(keras.ops.softmax(x), (-1, 4)), True),
+        (lambda x: keras.ops.softmax(x) * 2.0, False),
+        (lambda x: L.Softmax()(keras.ops.sort(x)), True),
+    ],
+    ids=["sigmoid", "reshaped", "scaled", "not to be quantized"],
+)
+def test_probabilities_of_operators(function, expected):
+    x = keras.Input((4,))
+    assert gives_probabilities(keras.Model(x, function(x))) == expected
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 @pytest.mark.parametrize("schedule, warmup", [("constant", 0), ("cosine", 0), ("cosine", 1)])
 def test_optimizers(optimizer, schedule, warmup):

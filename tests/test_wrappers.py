@@ -185,3 +185,61 @@ def test_wrapped_layers_are_float():
     expected = tf.nn.conv2d(X, wrapper.layer.kernel, 1, "VALID") + wrapper.layer.bias
     np.testing.assert_allclose(wrapper.layer(X), expected, rtol=1e-5, atol=1e-6)
     assert isinstance(wrapper.layer, keras.layers.Conv2D)
+
+
+# --- preprocessing inside a kernel
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda: L.Conv2D(5, 3), lambda: L.DepthwiseConv2D(3, use_bias=False), lambda: L.Dense(5)]
+)
+@pytest.mark.parametrize("norm", [(), (L.BatchNormalization,)])
+def test_kernel_that_takes_in_preprocessing(layer, norm):
+    """Its integers and bias stand for kernel * scale and for what the offset adds; the master weights do not change."""
+    mean, variance = [0.2, -0.4, 1.0, 0.0], [0.5, 1.0, 4.0, 0.1]
+    model = sequential(L.Normalization(mean=mean, variance=variance), layer(), *(n() for n in norm), shape=(6, 6, 4))
+    give_trained_weights(model)
+    result = quantize_model(model)
+    calibrate(result, X)
+    wrapper = wrapper_of(result)
+    assert len(result.plan.operators) == 1 and wrapper.prologue is not None
+    np.testing.assert_array_equal(wrapper.layer.kernel, model.layers[1].kernel)
+    np.testing.assert_allclose(wrapper.float_call(X, training=False), model(X), rtol=1e-4, atol=1e-5)
+    step = result.quantizers[wrapper.operator.output].grid()[0]
+    assert np.abs(np.asarray(result(X)) - model(X)).max() < 20 * step
+    kernel, bias = wrapper.float_constants()
+    factor = np.float32(1 / np.sqrt(variance)).reshape((-1, 1))
+    if not norm:
+        np.testing.assert_allclose(kernel, wrapper.layer.kernel.numpy() * factor, rtol=1e-5)
+    assert bias.shape == (kernel.shape[-1] if layer().__class__ is not L.DepthwiseConv2D else 4,)
+
+
+# --- constants
+
+
+def constant_of(model):
+    return next(wrapper for wrapper in model.operators.values() if wrapper.operator.kind == "CONSTANT")
+
+
+def test_range_of_a_constant_is_what_it_holds_now():
+    """Not an average over training, and the same in a model that trains slowly and in one that trains fast."""
+    model = quantized(L.Conv2D(4, 1), L.PReLU(shared_axes=[1, 2]))
+    wrapper = constant_of(model)
+    wrapper.layer.value.assign(np.float32([0.1, -0.2, 0.3, 7.0]).reshape(wrapper.layer.value.shape))
+    model(X, training=True)
+    np.testing.assert_allclose(wrapper.output_quantizer.ranges(), [[-0.2, 7.0]], rtol=1e-5)
+    assert wrapper.constant().dtype == np.int8 and wrapper.constant().max() == 127
+
+
+def test_constants_train_with_the_variable_they_come_from():
+    model = sequential(L.Conv2D(4, 1, use_bias=False), L.PReLU(shared_axes=[1, 2]), shape=(6, 6, 4))
+    result = quantize_model(model)
+    assert len(result.trainable_variables) == len(model.trainable_variables) == 2
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(result(X, training=True))
+    assert np.any(tape.gradient(loss, constant_of(result).layer.value.value) != 0)
+
+
+def test_frozen_constants_stay():
+    model = sequential(L.Conv2D(4, 1), L.PReLU(shared_axes=[1, 2], trainable=False), shape=(6, 6, 4))
+    assert len(quantize_model(model).trainable_variables) == 2

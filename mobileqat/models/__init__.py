@@ -129,6 +129,14 @@ def build_model(name: str, input_shape: Shape, classes: int, args: dict[str, Any
     """
     import keras
 
+    model = call_function(name, input_shape, classes, args)
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}")
+    return model
+
+
+def call_function(name: str, input_shape: Shape, classes: int, args: dict[str, Any] | None = None) -> Any:
+    """What a model function returns, whatever it is; arguments and errors as of `build_model`."""
     function = _import_function(name) if ":" in name else _reference(name)
     given = {"input_shape": tuple(input_shape), "classes": classes}
     takes = inspect.signature(function).parameters
@@ -140,12 +148,9 @@ def build_model(name: str, input_shape: Shape, classes: int, args: dict[str, Any
             f"Model '{name}' does not take these arguments: {error}. It takes: {', '.join(takes)}."
         ) from None
     try:
-        model = function(**arguments)
+        return function(**arguments)
     except Exception as error:  # whatever the user's code raises, the cause stays attached for --debug
         raise ModelError(f"Model function '{name}' raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, keras.Model):
-        raise ModelError(f"Model function '{name}' must return a Keras 3 model. Received: {type(model).__name__}")
-    return model
 
 
 def _reference(name: str) -> Callable[..., Any]:

@@ -93,6 +93,8 @@ def _latency_quantities(key: LatencyKey, reference: Variant) -> Iterator[Quantit
 
 
 def _fully_integer(variant: Variant) -> str:
+    if excluded := lookup(variant, "inspection", "excluded"):
+        return f"{len(excluded)} excluded"
     return {True: "yes", False: "no"}.get(lookup(variant, "inspection", "fully_integer"), formats.MISSING)
 
 

@@ -66,7 +66,7 @@ def _obstacles(name: str, variant: Mapping[str, Any]) -> Iterator[str]:
     file, inspection, parity = file_name(name, variant), variant.get("inspection"), variant.get("parity")
     if not inspection:
         yield f"{file} cannot ship, it was not inspected."
-    elif not inspection.get("fully_integer"):
+    elif not inspection.get("fully_integer") and not inspection.get("excluded"):
         yield f"{file} cannot ship, it is not fully integer{_first_problem(inspection)}."
     elif inspection.get("problems"):
         yield f"{file} cannot ship, it did not pass inspection{_first_problem(inspection)}."
