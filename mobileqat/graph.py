@@ -239,7 +239,8 @@ def _operations(root) -> Iterator:
 
 
 def snake_case(name: str) -> str:
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()
+    """A class's name as in the names that Keras gives its layers: "Conv2D" gives "conv2d", "MyBlock" "my_block"."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
 class _Reader:
@@ -248,6 +249,7 @@ class _Reader:
         self.nodes: list[Node] = []
         self.tensors: dict[str, keras.KerasTensor] = {}
         self.problems: list[str] = []
+        self.is_opened = False  # whether what is read now lies inside an opened layer
 
     def add_input(self, name, tensor):
         self.tensors[name] = tensor
@@ -257,17 +259,27 @@ class _Reader:
         """Appends the nodes of a graph; what an opened layer (`owner`) computes gets names that do not change."""
         names = {id(tensor): name for tensor, name in zip(root.inputs, inputs, strict=True)}
         own_names = _attribute_names(owner) if owner is not None else {}
+        is_opened, self.is_opened = self.is_opened, self.is_opened or owner is not None
         for keras_node in _operations(root):
             operation = keras_node.operation
             if isinstance(operation, keras.layers.InputLayer):
                 continue
-            # Keras numbers operators, and layers made in passing, by counters that a saved model may not bring back.
-            is_counted = owner is not None or not hasattr(operation, "weights")
-            fallback = snake_case(type(operation).__name__) if is_counted else operation.name
-            path = prefix + own_names.get(id(operation), fallback)
+            path = prefix + (own_names.get(id(operation)) or self._stable_name(operation))
             outputs = self._call(operation, path, keras_node, names)
             names.update((id(tensor), name) for tensor, name in zip(keras_node.output_tensors, outputs, strict=True))
+        self.is_opened = is_opened
         return [names[id(tensor)] for tensor in root.outputs]
+
+    def _stable_name(self, operation) -> str:
+        """A layer's name, but for those that Keras numbers by counters which a saved model may not bring back.
+
+        These are operators, and what an opened layer makes itself: its configuration does not hold their names.
+        """
+        class_name = snake_case(type(operation).__name__)
+        if not hasattr(operation, "weights"):
+            return class_name
+        is_automatic = re.fullmatch(rf"{class_name}(_\d+)?", operation.name)
+        return class_name if self.is_opened and is_automatic else operation.name
 
     def _call(self, operation, path: str, keras_node, names) -> list[str]:
         inputs = [names[id(tensor)] for tensor in keras_node.input_tensors]

@@ -13,7 +13,7 @@ from mobileqat import lowering
 from mobileqat.errors import MobileQatError, ModelError, UnsupportedModelError
 from mobileqat.graph import Ref, Source, Weight, read
 from mobileqat.lowering import expand, lower, register_rule
-from mobileqat.quantize import quantize_model
+from mobileqat.quantize import quantize_model, strip
 from mobileqat.rules import class_name
 
 
@@ -156,6 +156,39 @@ def test_names_of_opened_layers_do_not_change(tmp_path):
     model.save(tmp_path / "model.keras")
     for again in (keras.models.load_model(tmp_path / "model.keras"), model):
         assert opened(again) == names
+
+
+@keras.saving.register_keras_serializable("tests")
+class FeedForward(L.Layer):
+    """A model among the attributes: its configuration is the layer's own, so its layers are numbered anew."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.dense = keras.Sequential([L.Dense(4, activation="relu"), L.Dense(5, name="wide"), L.Dense(3)])
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        return self.dense(x)
+
+    def get_config(self):
+        return super().get_config()
+
+
+def test_names_in_models_inside_opened_layers_do_not_change(tmp_path):
+    model = sequential(FeedForward(name="block"), shape=(3,))
+    expected = ["block/dense/dense", "block/dense/wide", "block/dense/dense@2"]
+    assert [path for path, _ in opened(model)] == expected
+    model.save(tmp_path / "model.keras")
+    for count in range(3):
+        L.Dense(1)  # moves Keras's counter
+        again = keras.models.load_model(tmp_path / "model.keras")
+        assert [path for path, _ in opened(again)] == expected, count
+    quantized = quantize_model(model)
+    L.Dense(1)
+    kernel = strip(quantized).layers[0].dense.layers[0].kernel
+    np.testing.assert_array_equal(kernel, quantized.operators["block/dense/dense"].layer.kernel)
 
 
 def test_opening_leaves_the_model_alone():
