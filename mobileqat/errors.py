@@ -7,12 +7,14 @@
     │   └── UnsupportedModelError  layers without a rule; lists all of them at once
     ├── FlatbufferError            a .tflite file: missing, truncated, not a flatbuffer
     ├── RuntimeUnavailableError    an interpreter that is not installed or cannot run the file
+    ├── DeviceError                a target: not there, gone in mid-run, too slow, or it cannot run the file
     ├── LegacyUnavailableError     tf_keras or TFMOT is not installed
     ├── CalibrationError           activation ranges missing, collapsed or not finite
     ├── RunDirectoryError          a run directory: locked, from another recipe, not writable
     └── CheckFailed                exit 1: the request was carried out and a check did not pass
         ├── TrainingError          a loss or weight became NaN or infinite
         ├── InspectionError        a file that should be fully integer is not
+        ├── DelegationError        a delegate took fewer operators than asked for
         └── ParityError            simulation and interpreter disagree beyond the bar
 
 A message says what is wrong, where, what was expected, what came, and what to do about it.
@@ -49,6 +51,10 @@ class RuntimeUnavailableError(MobileQatError):
     """An interpreter is not installed, or refuses the file."""
 
 
+class DeviceError(MobileQatError):
+    """A target of a benchmark is not there, went away, took too long, or cannot run the file."""
+
+
 class LegacyUnavailableError(MobileQatError):
     """`tf_keras` or TFMOT is not installed."""
 
@@ -73,6 +79,10 @@ class TrainingError(CheckFailed):
 
 class InspectionError(CheckFailed):
     """A file that should be fully integer is not."""
+
+
+class DelegationError(CheckFailed):
+    """A delegate took fewer operators of a file than was asked for."""
 
 
 class ParityError(CheckFailed):
