@@ -191,7 +191,7 @@ def measure(entry) -> Iterator[dict]:
     seconds["convert"] = time.perf_counter() - started
     row = {
         "source": source,
-        "inputs": [{"shape": list(tensor.shape[1:]), "dtype": str(tensor.dtype)} for tensor in model.inputs],
+        "inputs": [{"shape": list(tensor.shape[1:]), "dtype": str(tensor.dtype)} for tensor in quantized.inputs],
         "parameters": model.count_params(),
         "layers": sorted({kind for kind in layer_kinds(model) if kind != "InputLayer"}),
         "seconds": {step: round(value, 2) for step, value in seconds.items()},

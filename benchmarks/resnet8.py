@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mobileqat.bench import host
+from mobileqat.bench import measure as bench
+from mobileqat.bench.record import Settings
 from mobileqat.data import load_dataset
 from mobileqat.evaluate import accuracy
 from mobileqat.flatbuffer import inspect
@@ -81,9 +82,10 @@ def measure(content: bytes, simulation: np.ndarray | None, dataset) -> dict:
 
 
 def add_latency(rows: dict, files: dict[str, bytes], threads: int, rounds: int) -> None:
-    comparisons = [host.compare(files, threads=threads, warmup=50, runs=500) for _ in range(rounds)]
+    settings = Settings(threads=threads, warmup=50, runs=500)
+    comparisons = [bench.measure(files, settings=settings) for _ in range(rounds)]
     for name, row in rows.items():
-        medians = [comparison.records[name].latency_ms.median for comparison in comparisons]
+        medians = [comparison.records[name].cost.median for comparison in comparisons]
         ratios = [comparison.ratios[name].median for comparison in comparisons]
         row[f"latency_ms_{threads}"] = [min(medians), float(np.median(medians)), max(medians)]
         row[f"ratio_to_float_{threads}"] = [min(ratios), float(np.median(ratios)), max(ratios)]

@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import datetime
 from functools import wraps
@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from mobileqat.bench.targets import USAGES
 from mobileqat.errors import InspectionError, MobileQatError, ParityError
 from mobileqat.rundir import is_disk_full
 
@@ -30,6 +31,14 @@ debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and T
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
 threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
+delegate_option = click.option(
+    "--delegate", default="xnnpack", metavar="NAME", help="xnnpack, gpu, none or the path of a vendor's (Android)."
+)
+
+
+def targets_option(default: tuple[str, ...]) -> Callable:
+    """--target, any number of times."""
+    return click.option("--target", "targets", multiple=True, default=default, metavar="TARGET", help=USAGES + ".")
 
 
 def data_options(required: bool) -> Callable:
@@ -355,31 +364,52 @@ def _print_inspection(path: Path, inspection) -> None:
 
 
 @command
-@click.argument("model", type=EXISTING)
-@click.argument("file", type=EXISTING)
+@click.argument("files", type=EXISTING, nargs=-1, required=True, metavar="[MODEL] FILE")
 @data_options(required=False)
 @click.option("--samples", default=256, type=click.IntRange(1), help="Test samples; random ones without --data.")
+@targets_option(())
+@delegate_option
 @runtime_option
 @json_option
-def verify(model, file, source, data_path, image_size, samples, runtime, as_json) -> None:
+def verify(files, source, data_path, image_size, samples, targets, delegate, runtime, as_json) -> None:
     """Compare the quantized Keras MODEL with FILE, in LSBs.
 
-    The exit code is 1 if a difference is beyond its bar.
+    With --target, FILE on that target is compared with FILE on this machine, and MODEL may be left out. The exit code
+    is 1 if a difference is beyond its bar: between a target's CPU and this machine's, any difference.
 
     \b
     Example:
       mobileqat verify runs/digits/models/qat.keras runs/digits/qat.tflite --data digits
+      mobileqat verify runs/digits/qat.tflite --data digits --target arm:cortex-a53 --target android
     """
     from mobileqat import models, pipeline
+    from mobileqat.bench import measure, show
+    from mobileqat.bench.record import Settings
 
-    loaded = models.load_model(model)
+    *model, file = files
+    if len(model) > 1 or not (model or targets):
+        raise click.UsageError("Expected the MODEL that FILE was made from and FILE, or FILE and a --target.")
+    usable = _usable_targets(targets)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
-    result = pipeline.verify_model(loaded, file, dataset, samples, runtime)
+    result = None
+    if model:
+        result = pipeline.verify_model(models.load_model(model[0]), file, dataset, samples, runtime)
+        if not as_json:
+            _print_parity(result)
+    settings = Settings(runtime=runtime, delegate=delegate)
+    agreements = pipeline.verify_on_targets(file, dataset, samples, usable, settings)
+    problems = list(result.problems) if result else []
+    problems += measure.problems(file.name, agreements, settings)
     if as_json:
-        _print_json(result.to_dict())
+        parity = result.to_dict() if result else {}
+        _print_json(parity | {"targets": {name: vars(agreement) for name, agreement in agreements.items()}})
     else:
-        _print_parity(result)
-    _exit_unless(result.passed)
+        if agreements:
+            show.print_agreements(agreements)
+        click.echo(click.style("failed", fg="red") if problems else click.style("passed", fg="green"))
+        for problem in problems:
+            click.echo(f"  - {problem}")
+    _exit_unless(not problems)
 
 
 def _print_parity(result) -> None:
@@ -398,9 +428,6 @@ def _print_parity(result) -> None:
         f"end to end, {whole.samples} samples on {result.runtime}: {whole.identical:.4%} of the outputs identical, "
         f"largest difference {whole.max_lsb} LSB, top-1 agreement {whole.top1_agreement:.3%}"
     )
-    console.print("[green]passed[/]" if result.passed else "[red]failed[/]")
-    for problem in result.problems:
-        console.print(f"  - {problem}", markup=False)
 
 
 @command
@@ -433,46 +460,86 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
 
 @command
 @click.argument("files", type=EXISTING, nargs=-1, required=True)
+@targets_option(("host",))
 @click.option("--runs", default=200, type=click.IntRange(1), help="Timed inferences.")
 @click.option("--warmup", default=20, type=click.IntRange(0), help="Inferences before them.")
-@click.option("--cpu", type=click.IntRange(0), help="Pin to this core.")
+@click.option("--cpus", metavar="LIST", help="Cores to run on, such as 0 or 4-7; on a phone also big or little.")
+@delegate_option
+@click.option("--min-delegated", type=click.FloatRange(0, 1), help="Fail if a delegate takes a smaller share.")
+@click.option("--profile", is_flag=True, help="Measure every operator too.")
+@click.option("--compare", is_flag=True, help="Show the differences operator by operator.")
 @runtime_option
 @threads_option
 @json_option
-def bench(files, runs, warmup, cpu, runtime, threads, as_json) -> None:
-    """Measure the latency of FILES on this machine.
+def bench(
+    files, targets, runs, warmup, cpus, delegate, min_delegated, profile, compare, runtime, threads, as_json
+) -> None:
+    """Measure what one inference of FILES costs, here or elsewhere.
 
-    Several files are run in turns and compared with the first.
+    Several files are run in turns and compared with the first. On other targets the outputs on fixed vectors are
+    compared with this machine's; the exit code is 1 if they differ.
 
     \b
     Example:
       mobileqat bench float.tflite qat.tflite --threads 2
+      mobileqat bench qat.tflite --target host --target arm:cortex-a53
+      mobileqat bench --compare a.tflite b.tflite
     """
-    from mobileqat.bench import host
+    from mobileqat.bench import measure, show
+    from mobileqat.bench.record import Settings
 
     if len(set(files)) < len(files):
         raise click.UsageError("The same file is given twice.")
-    settings = {"runtime": runtime, "threads": threads, "warmup": warmup, "runs": runs, "cpu": cpu}
-    comparison = host.compare({str(file): file for file in files}, **settings)
+    if compare and len(files) < 2:
+        raise click.UsageError("--compare needs at least two files.")
+    settings = Settings(runtime, threads, warmup, runs, cpus, delegate, profile or compare)
+    named = {str(file): file for file in files}
+    results, problems = {}, []
+    for target in _usable_targets(targets):
+        comparison = results[target.name] = measure.measure(named, target, settings)
+        problems += measure.disagreements(comparison.records, settings)
+        if not as_json:
+            show.print_comparison(comparison, compare)
+        if min_delegated is not None:
+            measure.require_delegated(comparison.records, min_delegated)
     if as_json:
-        _print_json(comparison.to_dict())
-        return
-    from rich.console import Console
-    from rich.table import Table
+        _print_json({name: comparison.to_dict() for name, comparison in results.items()})
+    for problem in problems:
+        click.echo(problem, err=True)
+    _exit_unless(not problems)
 
-    table = Table("file", "median", "p90", "min", "size", "ratio (range)", box=None, pad_edge=False)
-    for name, record in comparison.records.items():
-        latency, ratio = record.latency_ms, comparison.ratios[name]
-        spread = f"{ratio.median:.2f} ({ratio.min:.2f}-{ratio.max:.2f})"
-        times = [f"{value:.3f} ms" for value in (latency.median, latency.p90, latency.min)]
-        table.add_row(name, *times, f"{record.size_bytes / 1000:.1f} kB", spread)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    first = next(iter(comparison.records.values()))
-    console.print(
-        f"{first.runtime} {first.runtime_version}, {threads} thread(s), {warmup} warm-up and {runs} timed runs each "
-        f"on {first.machine['cpu']}"
-    )
+
+def _usable_targets(names: Sequence[str]) -> list:
+    """Targets by name; what one of them lacks is said before any is used."""
+    from mobileqat.bench.targets import parse_target, require_target
+
+    targets = [parse_target(name) for name in dict.fromkeys(names)]
+    for target in targets:
+        require_target(target)
+    return targets
+
+
+@command
+@targets_option(("host", "arm:cortex-a53", "android", "ethos-u55-128"))
+@json_option
+def doctor(targets: tuple[str, ...], as_json: bool) -> None:
+    """Say what targets need, and how to install what is missing.
+
+    The exit code is 1 if something that a target needs is missing.
+
+    \b
+    Example:
+      mobileqat doctor --target arm:cortex-a76
+    """
+    from mobileqat.bench import show
+    from mobileqat.bench.targets import parse_target
+
+    checks = {name: parse_target(name).check() for name in dict.fromkeys(targets)}
+    if as_json:
+        _print_json({name: [vars(check) for check in rows] for name, rows in checks.items()})
+    else:
+        show.print_checks(checks)
+    _exit_unless(all(check.found is not None or not check.is_needed for rows in checks.values() for check in rows))
 
 
 @command

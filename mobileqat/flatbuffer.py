@@ -1,11 +1,13 @@
 """What is inside a `.tflite` file: its tensors, operators and signatures, and whether it is fully integer.
 
 Every offset and index is checked here, before any native code sees the file: a broken file is a
-`FlatbufferError`, never a crash. Three functions share that reading: `read` gives the content as frozen
-dataclasses, `inspect` judges it (the tensor types decide, never the converter's silence), and
-`expose_tensors` turns intermediate tensors into outputs. Real values are `scale * (stored - zero_point)`.
+`FlatbufferError`, never a crash. Four functions share that reading: `read` gives the content as frozen
+dataclasses, `inspect` judges it (the tensor types decide, never the converter's silence), `expose_tensors`
+turns intermediate tensors into outputs, `single_operators` makes a model of each operator. Real values are
+`scale * (stored - zero_point)`.
 """
 
+import copy
 import dataclasses
 import functools
 import graphlib
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flatbuffers
 import numpy as np
 
 from mobileqat.errors import FlatbufferError, RuntimeUnavailableError
@@ -603,13 +606,13 @@ def inspect(source: bytes | str | Path) -> Inspection:
         dtype_counts=dict(Counter(tensor.dtype for tensor in tensors)),
         weight_bytes=sum({t.buffer_index: t.size_bytes for t in tensors if t.is_constant}.values()),
         size_bytes=model.size_bytes,
-        inputs=tuple(_details(model.tensors[index]) for index in model.inputs),
-        outputs=tuple(_details(model.tensors[index]) for index in model.outputs),
+        inputs=tuple(details(model.tensors[index]) for index in model.inputs),
+        outputs=tuple(details(model.tensors[index]) for index in model.outputs),
         problems=tuple(_problems(islands, stray, shape_arithmetic, dynamic)),
     )
 
 
-def _details(tensor: Tensor) -> TensorDetails:
+def details(tensor: Tensor) -> TensorDetails:
     if tensor.scales is None or tensor.zero_points is None or tensor.scales.size != 1:
         return TensorDetails(tensor.name, tensor.shape, tensor.dtype, None, None)
     return TensorDetails(tensor.name, tensor.shape, tensor.dtype, float(tensor.scales[0]), int(tensor.zero_points[0]))
@@ -779,3 +782,78 @@ def _with_outputs(content: bytes, outputs: list[int]) -> bytes:
     if signatures:
         struct.pack_into("<I", patched, signatures - 4, 0)
     return bytes(patched)
+
+
+# --- taking apart
+
+
+def single_operators(source: bytes | str | Path) -> list[tuple[Operator, bytes]]:
+    """Every operator of the main graph as a model of its own, so that what it costs can be measured alone.
+
+    The inputs of such a model are the tensors that the operator computes with, its outputs those it computes; the
+    constants it uses are in it. Operators are left out that only exist with others: those that read or write state
+    (variables, resources) or call other subgraphs.
+
+    Raises:
+        FlatbufferError: as `read`.
+    """
+    model = read(source)
+    schema = _generated_schema()
+    whole = schema.ModelT.InitFromPackedBuf(model.content, 0)
+    alone = [operator for operator in model.operators if _is_alone(model, operator)]
+    return [(operator, _single(schema, whole, model, operator)) for operator in alone]
+
+
+def _is_alone(model: Model, operator: Operator) -> bool:
+    tensors = [model.tensors[index] for index in (*operator.inputs, *operator.outputs) if index >= 0]
+    calls = any(key.endswith("subgraph_index") or key == "subgraph" for key in operator.options)
+    return not calls and not any(tensor.is_variable or tensor.dtype in ("resource", "variant") for tensor in tensors)
+
+
+def _single(schema: Any, whole: Any, model: Model, operator: Operator) -> bytes:
+    graph = whole.subgraphs[0]
+    used = list(dict.fromkeys(index for index in (*operator.inputs, *operator.outputs) if index >= 0))
+    position = {index: number for number, index in enumerate(used)} | {-1: -1}
+    tensors = [_single_tensor(graph.tensors[index], number + 1) for number, index in enumerate(used)]
+    code = graph.operators[operator.index].opcodeIndex
+    single = _changed(
+        graph.operators[operator.index],
+        opcodeIndex=0,
+        inputs=[position[index] for index in operator.inputs],
+        outputs=[position[index] for index in operator.outputs],
+    )
+    part = _changed(
+        graph,
+        tensors=tensors,
+        operators=[single],
+        inputs=[position[i] for i in dict.fromkeys(operator.inputs) if i >= 0 and not model.tensors[i].is_constant],
+        outputs=[position[index] for index in operator.outputs],
+    )
+    # A buffer per tensor behind the empty one: shared buffers need not stay shared here.
+    buffers = [_changed(whole.buffers[0], data=None), *(whole.buffers[graph.tensors[index].buffer] for index in used)]
+    result = _changed(
+        whole,
+        subgraphs=[part],
+        operatorCodes=[whole.operatorCodes[code]],
+        buffers=buffers,
+        signatureDefs=None,
+        metadata=None,
+        metadataBuffer=None,
+    )
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(result.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
+
+
+def _single_tensor(tensor: Any, buffer: int) -> Any:
+    # Biases of older files name their weight's axis, which interpreters refuse in some places.
+    is_vector = tensor.shape is not None and len(tensor.shape) == 1 and tensor.quantization is not None
+    quantization = _changed(tensor.quantization, quantizedDimension=0) if is_vector else tensor.quantization
+    return _changed(tensor, buffer=buffer, quantization=quantization)
+
+
+def _changed(table: Any, **fields: Any) -> Any:
+    """A shallow copy of one of the schema's objects with other fields."""
+    twin = copy.copy(table)
+    vars(twin).update(fields)
+    return twin

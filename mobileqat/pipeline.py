@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -23,7 +23,19 @@ import keras
 import numpy as np
 
 from mobileqat import flatbuffer, models, parity, report
-from mobileqat.bench import host
+from mobileqat.bench.host import describe_machine
+from mobileqat.bench.measure import (
+    compare_outputs,
+    disagreements,
+    host_outputs,
+    measure,
+    predict,
+    random_vectors,
+    raw_vectors,
+    require_delegated,
+)
+from mobileqat.bench.record import Agreement, Job, Record, Settings, Target
+from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
@@ -31,6 +43,7 @@ from mobileqat.errors import (
     CalibrationError,
     CheckFailed,
     DataError,
+    DelegationError,
     InspectionError,
     MobileQatError,
     ModelError,
@@ -47,6 +60,7 @@ from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.train import fit
 
+VECTORS = 16  # test samples whose outputs on a target must be this machine's
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 
 
@@ -130,6 +144,7 @@ class Run:
 
 
 def _data(run: Run) -> dict:
+    _check_targets(run)
     data = run.dataset
     return {
         "source": run.recipe.data.source,
@@ -139,6 +154,13 @@ def _data(run: Run) -> dict:
         "test": len(data.test.x),
         "calibration": min(run.recipe.data.calibration_samples, len(data.train.x)),
     }
+
+
+def _check_targets(run: Run) -> None:
+    """What a target lacks is said before any training, not after it."""
+    settings = run.recipe.bench
+    for target in map(parse_target, settings.targets if settings.enabled else ()):
+        require_target(target)
 
 
 def _float(run: Run) -> dict:
@@ -354,16 +376,33 @@ def _bench(run: Run) -> dict | None:
     if not settings.enabled:
         return None
     files = {variant: run.file(variant) for variant in run.variants}
+    vectors = {variant: raw_vectors(content, run.test[0][:VECTORS]) for variant, content in files.items()}
     records: dict[str, list[dict]] = {variant: [] for variant in files}
-    for threads in settings.threads:
-        comparison = host.compare(files, threads=threads, warmup=settings.warmup, runs=settings.runs)
-        for variant, content in files.items():
-            # Memory is a process's: each file is loaded once more on its own.
-            alone = host.benchmark(content, threads=threads, warmup=1, runs=5)
-            record = replace(comparison.records[variant], peak_memory_bytes=alone.peak_memory_bytes)
-            ratio = vars(comparison.ratios[variant])
-            records[variant].append(record.to_dict() | {"ratio_to_float": ratio})
+    for target in map(parse_target, settings.targets):
+        for threads in settings.threads:
+            how = Settings(threads=threads, warmup=settings.warmup, runs=settings.runs, cpus=settings.cpus)
+            comparison = measure(files, target, how, vectors=vectors)
+            _judge(run, comparison.records, how, settings.min_delegated)
+            for variant, record in comparison.records.items():
+                if record.peak_memory_bytes is None and record.unit == "ms":
+                    # Memory is a process's: each file is loaded once more on its own.
+                    alone = measure({variant: files[variant]}, target, replace(how, warmup=1, runs=5), samples=0)
+                    record = replace(record, peak_memory_bytes=alone.records[variant].peak_memory_bytes)
+                ratio = vars(comparison.ratios[variant])
+                records[variant].append(record.to_dict() | {"ratio_to_float": ratio})
     return records
+
+
+def _judge(run: Run, records: dict[str, Record], settings: Settings, min_delegated: float) -> None:
+    """Checks the integer files on a target: the same outputs as here, and enough operators on the delegate."""
+    integer = {f"{variant}.tflite": record for variant, record in records.items() if variant != "float"}
+    if problems := disagreements(integer, settings):
+        run.fail(ParityError("\n".join(problems)))
+    if min_delegated:
+        try:
+            require_delegated(integer, min_delegated)
+        except DelegationError as error:
+            run.fail(error)
 
 
 STEPS: dict[str, Callable[[Run], Any]] = {
@@ -463,7 +502,7 @@ def collect(run: Run) -> dict:
             **results["evaluate"].get(variant, {}),
             "inspection": results["inspect"].get(variant),
             "parity": results["parity"].get(variant),
-            "latency": results["bench"].get(variant, []),
+            "bench": results["bench"].get(variant, []),
         }
         for variant in run.variants
     }
@@ -494,7 +533,7 @@ def installed_packages() -> dict[str, str]:
 def environment() -> dict:
     """Versions of everything that decides a result, and the machine."""
     versions = {name: metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), **versions, "machine": host.describe_machine()}
+    return {"python": platform.python_version(), **versions, "machine": describe_machine()}
 
 
 # ------------------------------------------------------------------ single steps, for the other commands
@@ -551,6 +590,18 @@ def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, sample
         dataset.test.x[:samples] if dataset else _random_samples(model, samples),
         runtime=runtime,
     )
+
+
+def verify_on_targets(
+    file: Path, dataset: Dataset | None, samples: int, targets: Sequence[Target], settings: Settings
+) -> dict[str, Agreement]:
+    """Outputs of a file on each target against this machine's, on test samples or on random values."""
+    if not targets:
+        return {}
+    model = flatbuffer.read(file)
+    vectors = raw_vectors(model, dataset.test.x[:samples]) if dataset else random_vectors(model, samples)
+    (expected,) = host_outputs([Job("file", model, tuple(vectors))], settings)
+    return {t.name: compare_outputs(expected, predict(file, t, vectors, settings)) for t in targets}
 
 
 def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:

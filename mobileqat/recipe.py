@@ -32,7 +32,8 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from mobileqat.errors import RecipeError
+from mobileqat.bench.targets import USAGES, find_row
+from mobileqat.errors import DeviceError, RecipeError
 
 # --- the schema ---------------------------------------------------------------------------------------
 
@@ -53,6 +54,14 @@ def _ascending(pair: tuple[float, float]) -> tuple[float, float]:
     if pair[0] >= pair[1]:
         raise ValueError("the range is empty")
     return pair
+
+
+def _target(name: str) -> str:
+    try:
+        find_row(name)
+    except DeviceError as error:
+        raise ValueError(str(error)) from None
+    return name
 
 
 def _conflict(key: str, problem: str) -> PydanticCustomError:
@@ -91,6 +100,8 @@ ThreadCounts = Annotated[
     Field(min_length=1),
     _expected("a list of thread counts, each from 1 to 64"),
 ]
+TargetName = Annotated[str, AfterValidator(_target)]
+TargetNames = Annotated[tuple[TargetName, ...], Strict(False), Field(min_length=1), _expected(f"a list of {USAGES}")]
 TensorType = Literal["int8", "uint8", "float32"]
 Epochs = Annotated[int, Field(ge=0, description="passes over the training data")]
 LearningRate = Annotated[float, Field(gt=0, description="learning rate after warm-up")]
@@ -264,12 +275,17 @@ class Evaluate(Section):
 
 
 class Bench(Section):
-    """Latency on this machine."""
+    """What one inference costs, here and on other targets."""
 
     enabled: bool = Field(default=True, description="measure latency")
+    targets: TargetNames = Field(default=("host",), description=f"where to measure: {USAGES}")
     threads: ThreadCounts = Field(default=(1,), description="thread counts to measure")
     warmup: int = Field(default=20, ge=0, description="runs before the measurement")
     runs: int = Field(default=200, ge=1, description="measured runs")
+    cpus: str | None = Field(default=None, description="cores to run on, such as 0 or 4-7; on a phone also big, little")
+    min_delegated: Share = Field(
+        default=0.0, description="share of the operators that a delegate must take, on targets that tell"
+    )
 
 
 class Report(Section):

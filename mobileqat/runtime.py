@@ -195,7 +195,7 @@ class Session:
             RuntimeUnavailableError: the interpreter fails.
         """
         pairs = zip(self._in_order(x), self.inputs, strict=True)
-        arrays = [_to_raw(array, details, quantize) for array, details in pairs]
+        arrays = [to_raw(array, details, quantize) for array, details in pairs]
         count = len(arrays[0])
         if any(len(array) != count for array in arrays):
             raise DataError(f"inputs have different numbers of samples: {[len(array) for array in arrays]}")
@@ -303,12 +303,14 @@ def import_runtime(name: str) -> Any:
         raise RuntimeUnavailableError(f"{name} cannot be imported: {error}") from error
 
 
-def random_samples(details: TensorDetails, count: int | None = None) -> np.ndarray:
+def random_samples(details: TensorDetails, count: int | None = None, whole: bool = False) -> np.ndarray:
     """Raw values that fit an input, the same in every call: [count, ...], by default the input's own shape.
+
+    With `whole`, the count stands before the whole shape, batch included: [count, batch, ...].
 
     Small integers cover their whole range and floats [0, 1). Everything else is zero: it may be an index.
     """
-    shape = details.shape if count is None else (count, *details.shape[1:])
+    shape = details.shape if count is None else (count, *details.shape[0 if whole else 1 :])
     generator = np.random.default_rng(0)
     if details.dtype in ("int8", "uint8", "int16"):
         bounds = np.iinfo(details.dtype)
@@ -343,8 +345,17 @@ def _details(row: Mapping[str, Any]) -> TensorDetails:
     )
 
 
-def _to_raw(array: np.ndarray, details: TensorDetails, quantize: bool) -> np.ndarray:
-    """Samples [n, ...] in the input's dtype."""
+def to_raw(array: np.ndarray, details: TensorDetails, quantize: bool) -> np.ndarray:
+    """Samples [n, ...] as raw values of an input.
+
+    Args:
+        array: [n, ...], of the input's dtype (taken as it is) or real values.
+        details: the input.
+        quantize: whether real values may be quantized: with the input's grid, half away from zero, clipped.
+
+    Raises:
+        DataError: another shape or dtype, an input without a scale, or NaN.
+    """
     where = f"input '{details.name}'"
     if not details.shape or array.shape[1:] != details.shape[1:] or not array.ndim:
         raise DataError(f"{where} takes samples of shape {details.shape[1:]}. Received: {array.shape}")

@@ -1,4 +1,4 @@
-"""Host latency: the record, the child's isolation, and the statistics. Nothing here depends on speed."""
+"""Records, the host and the child's isolation, statistics, and what is the same for all targets. No test of speed."""
 
 import json
 import math
@@ -6,13 +6,37 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from mobileqat.bench import host
+from mobileqat import flatbuffer
+from mobileqat.bench import child, measure, targets, worker
+from mobileqat.bench.host import Host
+from mobileqat.bench.record import (
+    Agreement,
+    Check,
+    Delegate,
+    Job,
+    Measurement,
+    OperatorCost,
+    Outcome,
+    Settings,
+)
+from mobileqat.bench.show import align
 from mobileqat.bench.statistics import summarize
-from mobileqat.errors import FlatbufferError, MobileQatError, RuntimeUnavailableError
+from mobileqat.errors import (
+    DataError,
+    DelegationError,
+    DeviceError,
+    FlatbufferError,
+    MobileQatError,
+    RuntimeUnavailableError,
+)
+from mobileqat.runtime import Session
+
+FEW = Settings(warmup=1, runs=3)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +46,17 @@ def dense():
     tf = pytest.importorskip("tensorflow", reason="converting the test model needs tensorflow")
     inputs = keras.Input((4,), batch_size=1)
     model = keras.Model(inputs, keras.layers.Dense(2)(inputs))
+    return tf.lite.TFLiteConverter.from_keras_model(model).convert()
+
+
+@pytest.fixture(scope="session")
+def layers():
+    """Two dense layers and a softmax, as bytes."""
+    keras = pytest.importorskip("keras", reason="converting the test model needs keras")
+    tf = pytest.importorskip("tensorflow", reason="converting the test model needs tensorflow")
+    inputs = keras.Input((4,), batch_size=1)
+    hidden = keras.layers.Dense(3, activation="tanh")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(2, activation="softmax")(hidden))
     return tf.lite.TFLiteConverter.from_keras_model(model).convert()
 
 
@@ -45,33 +80,35 @@ def test_summary_of_nothing(values):
 # --- measuring
 
 
-def test_benchmark(dense, tmp_path):
+def test_measure(dense, tmp_path):
     path = tmp_path / "model.tflite"
     path.write_bytes(dense)
     for model in (dense, path, str(path)):
-        record = host.benchmark(model, warmup=2, runs=5)
-        latency = record.latency_ms
-        assert 0 < latency.min <= latency.median <= latency.p90 <= latency.max
-        assert latency.min <= latency.mean <= latency.max and latency.std >= 0
+        record = measure.measure({"model": model}, settings=Settings(warmup=2, runs=5)).records["model"]
+        cost = record.cost
+        assert 0 < cost.min <= cost.median <= cost.p90 <= cost.max
+        assert cost.min <= cost.mean <= cost.max and cost.std >= 0
         assert record.init_ms > 0 and record.peak_memory_bytes >= record.size_bytes == len(dense)
         assert record.operator_counts == {"FULLY_CONNECTED": 1}
-        assert (record.runtime, record.threads, record.warmup, record.runs) == ("litert", 1, 2, 5)
-        assert record.runtime_version[0].isdigit() and record.cpu is None
-        assert set(record.machine) == {"cpu", "cores", "platform"}
-    assert json.loads(json.dumps(record.to_dict()))["latency_ms"]["median"] == latency.median
+        assert (record.target, record.unit, record.runtime) == ("host", "ms", "litert")
+        assert (record.threads, record.warmup, record.runs) == (1, 2, 5)
+        assert record.runtime_version[0].isdigit() and set(record.device) == {"cpu", "cores", "platform"}
+        assert record.agreement is None and record.delegate is None and record.profile == ()
+    assert json.loads(json.dumps(record.to_dict()))["cost"]["median"] == cost.median
 
 
-def test_benchmark_pinned_to_a_core(dense):
+def test_pinned_to_a_core(dense):
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this platform cannot pin a process")
     core = min(os.sched_getaffinity(0))
-    assert host.benchmark(dense, warmup=0, runs=1, cpu=core).cpu == core
-    with pytest.raises(MobileQatError, match="cpu 100000 is not among"):
-        host.benchmark(dense, cpu=100_000)
+    assert measure.measure({"m": dense}, settings=replace(FEW, cpus=f"{core},{core}-{core}")).records["m"].runs == 3
+    for cpus in ("100000", "big", "", "3-"):
+        with pytest.raises(MobileQatError, match="Expected cores as a list"):
+            measure.measure({"m": dense}, settings=replace(FEW, cpus=cpus))
 
 
-def test_compare(dense):
-    comparison = host.compare({"first": dense, "second": dense, "third": dense}, warmup=1, runs=7)
+def test_several_files(dense):
+    comparison = measure.measure({"first": dense, "second": dense, "third": dense}, settings=Settings(warmup=1, runs=7))
     assert list(comparison.records) == list(comparison.ratios) == ["first", "second", "third"]
     first = comparison.ratios["first"]
     assert (first.min, first.median, first.max) == (1.0, 1.0, 1.0)
@@ -81,8 +118,10 @@ def test_compare(dense):
 
 
 def test_ratios_are_taken_round_by_round():
-    spread = host._ratio_spread([2.0, 40.0, 600.0], [1.0, 10.0, 100.0])
+    spread = measure._ratio_spread([2.0, 40.0, 600.0], [1.0, 10.0, 100.0])
     assert (spread.min, spread.median, spread.max) == (2.0, 4.0, 6.0)
+    only = measure._ratio_spread([2.0, 4.0], [1.0])
+    assert (only.min, only.median, only.max) == (3.0, 3.0, 3.0)
 
 
 def test_sessions_take_turns():
@@ -92,9 +131,132 @@ def test_sessions_take_turns():
         def __init__(self, name):
             self.invoke = lambda: calls.append(name)
 
-    latencies = host._time_in_turns([Recorder("a"), Recorder("b")], rounds=3)
+    latencies = worker._time_in_turns([Recorder("a"), Recorder("b")], rounds=3, mark=False)
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert [len(values) for values in latencies] == [3, 3]
+
+
+def test_operators_are_measured_alone(layers):
+    record = measure.measure({"m": layers}, settings=replace(FEW, profile=True)).records["m"]
+    model = flatbuffer.read(layers)
+    assert [row.kind for row in record.profile] == [operator.name for operator in model.operators]
+    assert [row.name for row in record.profile] == [model.tensors[op.outputs[0]].name for op in model.operators]
+    assert all(row.cost > 0 for row in record.profile)
+
+
+# --- outputs
+
+
+def test_outputs_are_those_of_the_interpreter(layers):
+    x = np.random.default_rng(0).normal(size=(5, 1, 4)).astype(np.float32)
+    (outputs,) = measure.predict(layers, Host(), [x])
+    session = Session(layers)
+    np.testing.assert_array_equal(outputs, np.stack([session.run(row)[0] for row in x]))
+
+
+def test_vectors_are_the_same_everywhere(layers):
+    model = flatbuffer.read(layers)
+    first, second = (measure.random_vectors(model, 6) for _ in range(2))
+    assert first[0].shape == (6, 1, 4) and first[0].dtype == np.float32
+    np.testing.assert_array_equal(first[0], second[0])
+
+
+def test_samples_become_vectors_of_the_files_batch(layers):
+    x = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.testing.assert_array_equal(measure.raw_vectors(layers, x)[0], x[:, None])
+    with pytest.raises(DataError, match="takes samples of shape"):
+        measure.raw_vectors(layers, x[:, :3])
+
+
+def test_agreement():
+    expected = [np.array([[1, 5], [7, 2]], np.int8)]
+    same = measure.compare_outputs(expected, expected)
+    assert same == Agreement(2, 1.0, 0.0, 1.0)
+    other = measure.compare_outputs(expected, [np.array([[1, 5], [1, 2]], np.int8)])
+    assert other == Agreement(2, 0.75, 6.0, 0.5)
+    extreme = measure.compare_outputs([np.array([[-128]], np.int8)], [np.array([[127]], np.int8)])
+    assert extreme.max_lsb == 255
+
+
+def test_what_agreement_is_asked_for():
+    found = {"arm:cortex-a53": Agreement(200, 0.9999, 1.0, 0.985)}
+    (problem,) = measure.problems("m.tflite", found, Settings())
+    assert problem.startswith("m.tflite on arm:cortex-a53: 99.9900% of the output values are those of this machine")
+    assert measure.problems("m.tflite", found, Settings(delegate="gpu")) == []
+    (problem,) = measure.problems("m", {"android": Agreement(200, 0.5, 9.0, 0.97)}, Settings(delegate="gpu"))
+    assert "top-1 agrees with this machine on 97.00% of 200 samples" in problem
+
+
+# --- other targets
+
+
+class Elsewhere:
+    """A target that answers as it was told, and remembers what it was asked."""
+
+    name, has_profiler, computes = "elsewhere", True, True
+
+    def __init__(self, error=0, delegate=None):
+        self.error, self.delegate, self.asked = error, delegate, []
+
+    def run(self, jobs, settings):
+        self.asked.append((jobs, settings))
+        profile = (OperatorCost("y", "FULLY_CONNECTED", 7.0),)
+        answers = [(output + self.error,) for (output,) in measure.host_outputs(jobs, settings)]
+        rows = [Measurement((10.0,), outputs=a, delegate=self.delegate, profile=profile) for a in answers]
+        return Outcome(tuple(rows), "cycles", "npu", "1.0", {"name": "board"}, ("it was hot",))
+
+    def check(self):
+        return [Check("fan", None, "buy one"), Check("hat", None, "", is_needed=False)]
+
+
+def test_another_target(layers):
+    target = Elsewhere(delegate=Delegate("npu", 1, 2))
+    comparison = measure.measure({"a": layers, "b": layers}, target, replace(FEW, profile=True))
+    record = comparison.records["a"]
+    assert len(target.asked) == 1  # it has a profiler
+    assert record.agreement == Agreement(16, 1.0, 0.0, 1.0)
+    assert (record.unit, record.runs, record.cost.median, record.warnings) == ("cycles", 1, 10.0, ("it was hot",))
+    assert record.to_dict()["delegate"] == {"name": "npu", "operators": 1, "of": 2, "share": 0.5}
+    assert measure.disagreements(comparison.records, FEW) == []
+    measure.require_delegated(comparison.records, 0.5)
+    with pytest.raises(DelegationError, match=r"a: npu took 1 of 2 operators \(50%\), expected at least 90%"):
+        measure.require_delegated(comparison.records, 0.9)
+
+
+def test_another_target_that_computes_something_else(layers):
+    comparison = measure.measure({"a": layers}, Elsewhere(error=1), FEW)
+    assert comparison.records["a"].agreement.identical == 0
+    assert len(measure.disagreements(comparison.records, FEW)) == 1
+    with pytest.raises(DelegationError, match="does not say"):
+        measure.require_delegated(comparison.records, 0.9)
+
+
+def test_a_target_that_lacks_something():
+    with pytest.raises(DeviceError) as error:
+        targets.require_target(Elsewhere())
+    assert str(error.value) == "The target elsewhere cannot be used:\n  fan: missing. buy one"
+    targets.require_target(Host())
+
+
+@pytest.mark.parametrize("name", ["phone", "", "hosts", "arm:", "ssh://"])
+def test_no_such_target(name):
+    with pytest.raises(DeviceError, match=r"Expected one of: host, arm:cortex-a53, android\[:SERIAL\]"):
+        targets.parse_target(name)
+
+
+@pytest.mark.parametrize("row", targets.TARGETS.values(), ids=targets.TARGETS)
+def test_targets_can_be_named_as_they_say(row):
+    name = row.usage.replace("[:SERIAL]", ":1234")
+    target = targets.parse_target(name)
+    assert target.name == name and isinstance(target.has_profiler, bool) and isinstance(target.computes, bool)
+
+
+def test_operators_are_aligned_by_kind():
+    def rows(text):
+        return [OperatorCost(f"{kind}{index}", kind, 1.0) for index, kind in enumerate(text)]
+
+    pairs = [(a and a.kind, b and b.kind) for a, b in align(rows("QCDAS"), rows("CDPAS"))]
+    assert pairs == [("Q", None), ("C", "C"), ("D", "D"), (None, "P"), ("A", "A"), ("S", "S")]
 
 
 # --- what can go wrong
@@ -103,60 +265,79 @@ def test_sessions_take_turns():
 @pytest.mark.parametrize("options", [{"runs": 0}, {"warmup": -1}, {"threads": 0}])
 def test_numbers_are_checked(dense, options):
     with pytest.raises(MobileQatError, match="runs >= 1"):
-        host.benchmark(dense, **options)
+        measure.measure({"m": dense}, settings=Settings(**options))
 
 
 def test_broken_file(tmp_path):
     with pytest.raises(FlatbufferError):
-        host.benchmark(tmp_path / "nowhere.tflite")
+        measure.measure({"m": tmp_path / "nowhere.tflite"})
+
+
+def test_no_such_runtime(dense):
+    with pytest.raises(RuntimeUnavailableError, match="no runtime 'cuda'"):
+        measure.measure({"m": dense}, settings=Settings(runtime="cuda"))
 
 
 def test_the_childs_errors_come_back(dense):
-    with pytest.raises(RuntimeUnavailableError, match="no runtime 'cuda'"):
-        host.benchmark(dense, runtime="cuda")
+    job = Job("m", flatbuffer.read(dense), (np.zeros((1, 1, 5), np.float32),))
+    with pytest.raises(DeviceError, match="litert on this machine: ValueError: Cannot set tensor: Dimension mismatch"):
+        Host().run([job], FEW)
 
 
 def python(code):
     return [sys.executable, "-c", code]
 
 
+def result_of(code, folder):
+    done = child.run_command(python(f"folder = {str(folder)!r}; {code}"), 60, "the benchmark")
+    return child.read_result(folder, done, "it")
+
+
+WRITE = "open(folder + '/result.json', 'w').write('{\"models\": []}')"
+
+
 @pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL", "SIGABRT"])
-def test_a_crash_is_named(name):
-    with pytest.raises(RuntimeUnavailableError, match=f"killed by {name}"):
-        host.run_child(python(f"import os; os.kill(os.getpid(), {int(signal.Signals[name])})"), timeout_s=60)
+def test_a_crash_is_named(name, tmp_path):
+    with pytest.raises(DeviceError, match=f"killed by {name}"):
+        result_of(f"import os; os.kill(os.getpid(), {int(signal.Signals[name])})", tmp_path)
 
 
-def test_a_crash_after_the_result_is_an_error():
-    code = f"print('{host._BEGIN} {{}} {host._END}', flush=True); import os; os.abort()"
-    with pytest.raises(RuntimeUnavailableError, match="killed by SIGABRT"):
-        host.run_child(python(code), timeout_s=60)
+def test_a_crash_after_the_result_is_an_error(tmp_path):
+    with pytest.raises(DeviceError, match="killed by SIGABRT"):
+        result_of(f"{WRITE}; import os; os.abort()", tmp_path)
 
 
-def test_silence_and_chatter():
-    with pytest.raises(RuntimeUnavailableError, match="exit code 0 and without a usable result"):
-        host.run_child(python("print('hello')"), timeout_s=60)
-    with pytest.raises(RuntimeUnavailableError, match=r"exit code 3.*: told why"):
-        host.run_child(python("import sys; print('told why', file=sys.stderr); sys.exit(3)"), timeout_s=60)
-    code = f"print('noise'); print('{host._BEGIN}', '{{\"a\": 1}}', '{host._END}'); print('noise')"
-    assert host.run_child(python(code), timeout_s=60) == {"a": 1}
+def test_silence_and_chatter(tmp_path):
+    with pytest.raises(DeviceError, match="exit code 0 and without a usable result"):
+        result_of("print('hello')", tmp_path)
+    with pytest.raises(DeviceError, match=r"exit code 3.*: told why"):
+        result_of("import sys; print('told why', file=sys.stderr); sys.exit(3)", tmp_path)
+    assert result_of(f"print('noise'); {WRITE}", tmp_path) == {"models": []}
 
 
-def test_a_child_that_hangs():
-    with pytest.raises(RuntimeUnavailableError, match=r"stopped after 0\.5 s"):
-        host.run_child(python("import time; time.sleep(60)"), timeout_s=0.5)
+def test_a_child_that_hangs_or_does_not_start():
+    with pytest.raises(DeviceError, match=r"it was stopped after 0\.5 s"):
+        child.run_command(python("import time; time.sleep(60)"), 0.5, "it")
+    with pytest.raises(DeviceError, match="it cannot be started: "):
+        child.run_command(["/no/such/program"], 5, "it")
 
 
 def test_the_childs_memory_is_its_own(dense):
-    small = host.benchmark(dense, warmup=1, runs=1).peak_memory_bytes
+    def peak():
+        return measure.measure({"m": dense}, settings=FEW).records["m"].peak_memory_bytes
+
+    small = peak()
     ballast = np.ones(100_000_000, np.uint8)  # ru_maxrss would pass this on to the child
-    assert host.benchmark(dense, warmup=1, runs=1).peak_memory_bytes < small + ballast.nbytes // 2
+    assert peak() < small + ballast.nbytes // 2
 
 
-def test_the_command_line(dense, tmp_path):
-    path = tmp_path / "model.tflite"
-    path.write_bytes(dense)
-    command = [sys.executable, "-m", "mobileqat.bench.host", "--warmup=0", "--runs=2", str(path)]
-    root = str(host.Path(host.__file__).resolve().parents[2])
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
-    text = done.stdout.partition(host._BEGIN)[2].partition(host._END)[0]
-    assert len(json.loads(text)["models"][0]["latency_ms"]) == 2
+def test_the_worker_needs_nothing_of_the_package(dense, tmp_path):
+    """It is copied to boards that have Python, NumPy and an interpreter only."""
+    job = Job("m", flatbuffer.read(dense), (np.zeros((2, 1, 4), np.float32),))
+    child.write_jobs(tmp_path, [job], FEW)
+    code = "import sys, runpy; sys.modules['mobileqat'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv = [{str(child.WORKER)!r}, {str(tmp_path)!r}]; {code}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    (row,) = child.read_result(tmp_path, done, "it")["models"]
+    (measured,) = child.measurements(tmp_path, [job], [row])
+    assert len(measured.costs) == 3 and measured.outputs[0].shape == (2, 1, 2)

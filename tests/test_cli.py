@@ -18,7 +18,18 @@ from click.testing import CliRunner
 from mobileqat import cli
 from mobileqat.errors import ParityError, TrainingError
 
-COMMANDS = ("bench", "convert", "evaluate", "import-keras2", "inspect", "recipes", "report", "train", "verify")
+COMMANDS = (
+    "bench",
+    "convert",
+    "doctor",
+    "evaluate",
+    "import-keras2",
+    "inspect",
+    "recipes",
+    "report",
+    "train",
+    "verify",
+)
 RECIPE = """
 name: tiny
 description: one dense layer
@@ -123,8 +134,9 @@ def test_help():
         "  -h, --help  Show this message and exit.\n"
         "\n"
         "Commands:\n"
-        "  bench          Measure the latency of FILES on this machine.\n"
+        "  bench          Measure what one inference of FILES costs, here or elsewhere.\n"
         "  convert        Convert MODEL to an integer .tflite file.\n"
+        "  doctor         Say what targets need, and how to install what is missing.\n"
         "  evaluate       Score MODEL on the test split of --data.\n"
         "  import-keras2  Rebuild the Keras 2 model SOURCE in Keras 3 as TARGET.\n"
         "  inspect        Say what is inside FILE, and whether it is fully integer.\n"
@@ -347,13 +359,48 @@ def test_evaluate_prints_a_line_per_class(folder):
 
 def test_bench(folder):
     files = (folder / "float.tflite", folder / "quantized.tflite")
-    detail = json.loads(run("bench", *files, "--runs", 5, "--warmup", 1, "--json").stdout)
+    detail = json.loads(run("bench", *files, "--runs", 5, "--warmup", 1, "--json").stdout)["host"]
     assert list(detail["records"]) == [str(file) for file in files]
     for record in detail["records"].values():
-        assert 0 < record["latency_ms"]["min"] <= record["latency_ms"]["median"] <= record["latency_ms"]["p90"]
+        assert 0 < record["cost"]["min"] <= record["cost"]["median"] <= record["cost"]["p90"]
     lines = run("bench", *files, "--runs", 5, "--warmup", 1).output.splitlines()
     assert "5 timed runs" in lines[-1]
     assert "1 warm-up" in lines[-1]
+
+
+def test_bench_compares_operators(folder):
+    files = (folder / "float.tflite", folder / "quantized.tflite")
+    output = run("bench", "--compare", *files, "--runs", 2, "--warmup", 1).output
+    assert "quantized.tflite against" in output and "operator by operator:" in output
+    rows = [line.split() for line in output.partition("operator by operator:")[2].splitlines()]
+    assert ["operator", "kind", "first", "this", "difference"] in rows
+    assert sum("CONV_2D" in row for row in rows) == 1
+    assert "--compare needs at least two files" in error("bench", "--compare", files[0])
+
+
+def test_bench_on_a_target_that_is_not_there(folder):
+    message = error("bench", folder / "quantized.tflite", "--target", "phone")
+    assert "There is no target 'phone'. Expected one of: host, arm:cortex-a53" in message
+
+
+def test_verify_on_a_target(folder):
+    lines = run(
+        "verify", folder / "quantized.tflite", "--data", "digits", "--samples", 16, "--target", "host"
+    ).output.splitlines()
+    assert lines[1].split() == ["host", "16", "100", "%", "0", "LSB", "100", "%"] and lines[-1] == "passed"
+    detail = json.loads(
+        run("verify", folder / "quantized.keras", folder / "quantized.tflite", "--target", "host", "--json").stdout
+    )
+    assert detail["passed"] is True
+    assert detail["targets"] == {"host": {"samples": 256, "identical": 1.0, "max_lsb": 0.0, "top1_agreement": 1.0}}
+    assert "Expected the MODEL that FILE was made from" in error("verify", folder / "quantized.tflite")
+
+
+def test_doctor():
+    lines = run("doctor", "--target", "host").output.splitlines()
+    assert lines[0] == "host: ready" and lines[1].startswith("  runtime litert (XNNPACK, what phones run by default): ")
+    rows = json.loads(run("doctor", "--target", "host", "--json").stdout)["host"]
+    assert [row["is_needed"] for row in rows] == [True] + 4 * [False]
 
 
 # ------------------------------------------------------------------ convert

@@ -155,7 +155,7 @@ def test_reported_sizes_and_operators_are_the_file_s(small_run, variant):
     row = results["variants"][variant]
     size = (directory / row["file"]).stat().st_size
     assert row["size_bytes"] == row["inspection"]["size_bytes"] == size
-    assert all(latency["size_bytes"] == size for latency in row["latency"])
+    assert all(record["size_bytes"] == size for record in row["bench"])
     counts = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 2, "MEAN": 1, "FULLY_CONNECTED": 1, "SOFTMAX": 1}
     assert row["inspection"]["operator_counts"] == counts
     assert row["inspection"]["fully_integer"] is (variant != "float")

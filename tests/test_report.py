@@ -30,7 +30,7 @@ def make_variant(
         "accuracy": {"samples": samples, "interpreter": accuracy, "simulation": accuracy},
         "inspection": make_inspection(integer),
         "parity": make_parity() if integer else None,
-        "latency": [make_latency(0.284 if integer else 0.812)],
+        "bench": [make_latency(0.284 if integer else 0.812)],
         **other,
     }
 
@@ -95,12 +95,14 @@ def make_parity(operators: list[dict[str, Any]] | None = None) -> dict[str, Any]
 
 def make_latency(median: float, threads: int = 1) -> dict[str, Any]:
     return {
+        "target": "host",
         "runtime": "litert",
         "runtime_version": "2.3.0",
+        "unit": "ms",
         "threads": threads,
         "warmup": 20,
         "runs": 200,
-        "latency_ms": {
+        "cost": {
             "median": median,
             "p90": 1.1 * median,
             "min": 0.95 * median,
@@ -110,7 +112,9 @@ def make_latency(median: float, threads: int = 1) -> dict[str, Any]:
         },
         "init_ms": 3.1,
         "peak_memory_bytes": 12_300_000,
-        "machine": CPU,
+        "delegate": None,
+        "agreement": None,
+        "device": CPU,
     }
 
 
@@ -197,7 +201,7 @@ def make_failed_results() -> dict[str, Any]:
     results["steps"] = results["steps"][:7]
     results["steps"][6] |= {"status": "failed", "message": "ptq.tflite: conv1 misses its bound."}
     for variant in results["variants"].values():
-        for part in ("accuracy", "per_class", "agreement_with_float", "latency", "parity"):
+        for part in ("accuracy", "per_class", "agreement_with_float", "bench", "parity"):
             del variant[part]
     return results
 
@@ -328,13 +332,13 @@ def test_headline(shares: tuple[float | None, float | None, float | None], headl
 
 def test_headline_when_integer_is_slower() -> None:
     variants = make_results()["variants"]
-    variants["qat"]["latency"] = [make_latency(0.95)]
+    variants["qat"]["bench"] = [make_latency(0.95)]
     assert "1.17x slower than float" in decide(variants, 0.1)["headline"]
 
 
 def test_the_ratio_measured_in_turns_counts() -> None:
     variants = make_results()["variants"]
-    variants["qat"]["latency"][0]["ratio_to_float"] = {"min": 0.4, "median": 0.5, "max": 0.6}
+    variants["qat"]["bench"][0]["ratio_to_float"] = {"min": 0.4, "median": 0.5, "max": 0.6}
     assert "2.00x faster than float" in decide(variants, 0.1)["headline"]
     assert [row.cells for row in comparison_rows(variants) if row.label == "ratio to float"][1] == (
         "1.00",
@@ -563,7 +567,7 @@ def test_page_without_qat_and_bench() -> None:
     del results["variants"]["qat"], results["training"]["qat"]
     results["steps"][3] |= {"status": "skipped", "message": "qat.enabled is false"}
     for variant in results["variants"].values():
-        variant["latency"] = []
+        variant["bench"] = []
     results["verdict"] = decide(results["variants"], 0.1)
     page = check_page(render_html(results))
     assert "Not available: step qat skipped: qat.enabled is false." in page.text
@@ -618,7 +622,7 @@ def test_names_from_users_are_escaped(text: str) -> None:
 
 def test_charts_use_the_colours_of_the_page() -> None:
     results = make_results()
-    results["variants"]["qat"]["latency"].append(make_latency(0.2, threads=2))
+    results["variants"]["qat"]["bench"].append(make_latency(0.2, threads=2))
     results["training"]["float"] = make_history(0.1, [0.7, float("nan"), 0.87])
     charts = {chart.name: chart for chart in draw_charts(results)}
     assert list(charts) == ["accuracy", "classes", "training-qat", "training-float", "latency"]

@@ -143,7 +143,7 @@ def test_the_report_has_what_a_native_one_has(run):
     assert list(results["variants"]) == ["float", "ptq", "qat"]
     for name, variant in results["variants"].items():
         assert variant["size_bytes"] == (directory / f"{name}.tflite").stat().st_size
-        assert variant["latency"][0]["latency_ms"]["median"] > 0
+        assert variant["bench"][0]["cost"]["median"] > 0
         assert variant["accuracy"]["samples"] == 359
     for name in ("ptq", "qat"):
         assert results["variants"][name]["inspection"]["fully_integer"]

@@ -133,17 +133,20 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a target needs; `fix` is the exact command that provides it, empty if it is there."""
+    """One thing that a target needs, or can use; `fix` is the exact command that provides it, empty if it is there."""
 
     what: str
     found: str | None
     fix: str = ""
+    is_needed: bool = True
 
 
 class Target(Protocol):
     """Somewhere to run files.  Its class is a row of `targets.TARGETS`."""
 
     name: str  # as on the command line: "host", "arm:cortex-a53", "android:SERIAL"
+    has_profiler: bool  # measures operators itself; elsewhere each one is measured as a model of its own
+    computes: bool  # gives outputs: a compiler's estimate has none
 
     def run(self, jobs: Sequence[Job], settings: Settings) -> Outcome:
         """Runs all jobs in one go; those that are timed take turns, one invocation each.
@@ -177,7 +180,7 @@ class Record:
     threads: int
     warmup: int
     runs: int
-    cost: Summary | None
+    cost: Summary
     init_ms: float | None
     peak_memory_bytes: int | None
     size_bytes: int
@@ -191,7 +194,10 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values that `json.dumps` takes."""
-        return dataclasses.asdict(self)
+        result = dataclasses.asdict(self)
+        if self.delegate:
+            result["delegate"]["share"] = self.delegate.share
+        return result
 
 
 @dataclass(frozen=True)
@@ -212,4 +218,5 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values that `json.dumps` takes."""
-        return dataclasses.asdict(self)
+        records = {name: record.to_dict() for name, record in self.records.items()}
+        return {"records": records, "ratios": {name: vars(ratio) for name, ratio in self.ratios.items()}}

@@ -9,9 +9,12 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from mobileqat.bench.record import Target
 from mobileqat.errors import DeviceError
+
+if TYPE_CHECKING:
+    from mobileqat.bench.record import Target
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ TARGETS: dict[str, Row] = {
     "ethos-u": Row(r"ethos-u.+", "ethos-u55-128", "mobileqat.bench.vela:Vela", "an Arm NPU, compiled by Vela"),
 }
 
+USAGES = ", ".join(row.usage for row in TARGETS.values())
+
 
 def parse_target(name: str) -> Target:
     """The target that a name stands for; nothing is run or connected.
@@ -39,9 +44,29 @@ def parse_target(name: str) -> Target:
     Raises:
         DeviceError: no such target, or a name that its module refuses.
     """
+    module, _, factory = find_row(name).factory.partition(":")
+    return getattr(importlib.import_module(module), factory)(name)
+
+
+def require_target(target: Target) -> None:
+    """Checks that a target has what it needs.
+
+    Raises:
+        DeviceError: it has not; the message says what is missing and what provides it.
+    """
+    missing = [check for check in target.check() if check.is_needed and check.found is None]
+    if missing:
+        lines = [f"  {check.what}: missing{f'. {check.fix}' if check.fix else ''}" for check in missing]
+        raise DeviceError("\n".join([f"The target {target.name} cannot be used:", *lines]))
+
+
+def find_row(name: str) -> Row:
+    """The row of a target's name.
+
+    Raises:
+        DeviceError: there is none.
+    """
     for row in TARGETS.values():
         if re.fullmatch(row.pattern, name):
-            module, _, factory = row.factory.partition(":")
-            return getattr(importlib.import_module(module), factory)(name)
-    usages = ", ".join(row.usage for row in TARGETS.values())
-    raise DeviceError(f"There is no target '{name}'. Expected one of: {usages}.")
+            return row
+    raise DeviceError(f"There is no target '{name}'. Expected one of: {USAGES}.")

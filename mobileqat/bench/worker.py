@@ -4,6 +4,7 @@ It needs the standard library, NumPy and one interpreter, and nothing of this pa
 under qemu, and on a board over ssh.  `child.py` writes the folder and reads what this leaves in it.
 """
 
+import contextlib
 import gc
 import importlib
 import importlib.metadata
@@ -130,10 +131,8 @@ def _peak_memory_bytes() -> int:
 
 def _reset_peak_memory() -> int:
     """Lowers the recorded peak to the present resident set where the kernel allows it; returns the peak."""
-    try:
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
     return _peak_memory_bytes()
 
 

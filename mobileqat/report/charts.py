@@ -20,9 +20,9 @@ from mobileqat.report import formats
 from mobileqat.report.results import (
     VARIANTS,
     accuracy,
+    cost,
+    cost_places,
     difference_points,
-    latency_ms,
-    latency_records,
     number,
     present_variants,
     wilson_interval,
@@ -79,9 +79,8 @@ class Chart:
 
 def draw_charts(results: Mapping[str, Any]) -> list[Chart]:
     """Every chart that `results` has the data for."""
-    drawings = (_draw_accuracy, _draw_classes, _draw_qat_training, _draw_float_training, _draw_latency)
     with _style():
-        return [chart for draw in drawings if (chart := draw(results))]
+        return [chart for draw in _DRAWINGS if (chart := draw(results))]
 
 
 @contextlib.contextmanager
@@ -245,40 +244,53 @@ def _final_validation(history: Mapping[str, Any] | None) -> float | None:
 
 
 def _draw_latency(results: Mapping[str, Any]) -> Chart | None:
+    caption = "One inference{where}. Bar: median. Tick: 90th percentile."
+    return _draw_costs(results, "ms", "latency", "Is it faster?", caption)
+
+
+def _draw_instructions(results: Mapping[str, Any]) -> Chart | None:
+    caption = "Executed instructions of one inference on an emulated core{where}: they repeat exactly, and are no time."
+    return _draw_costs(results, "instructions", "instructions", "How much work is it on ARM?", caption)
+
+
+def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, caption: str) -> Chart | None:
     variants = present_variants(results.get("variants"))
-    keys = dict.fromkeys(key for variant in variants.values() for key in latency_records(variant))
+    write = formats.COSTS[unit]
+    keys = cost_places(variants, unit)
     bars = [
-        (name, key, median)
+        (variant, key, median)
         for key in keys
-        for name in variants
-        if (median := latency_ms(variants[name], key)) is not None
+        for variant in variants
+        if (median := cost(variants[variant], key)) is not None
     ]
     if not bars:
         return None
     figure, axes = _canvas(height=60 + 30 * len(bars))
-    longest = max(max(median, latency_ms(variants[n], key, "p90") or 0) for n, key, median in bars)
-    for row, (name, key, median) in enumerate(bars):
-        p90 = latency_ms(variants[name], key, "p90") or median
-        axes.barh(row, median, 0.6, color=_COLOURS[name])
+    longest = max(max(median, cost(variants[n], key, "p90") or 0) for n, key, median in bars)
+    for row, (variant, key, median) in enumerate(bars):
+        p90 = cost(variants[variant], key, "p90") or median
+        axes.barh(row, median, 0.6, color=_COLOURS[variant])
         axes.plot([median, p90], [row, row], "-|", color=_INK, lw=1, ms=7)
-        axes.annotate(
-            formats.milliseconds(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline"
-        )
+        axes.annotate(write(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline")
     several = len(keys) > 1
-    labels = [f"{VARIANTS[n]}, {formats.threads(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
+    labels = [f"{VARIANTS[n]}, {formats.place(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
     _label_rows(axes, labels)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest)
-    axes.set_xlabel("latency, ms")
-    where = "" if several else f" ({formats.threads(*next(iter(keys)))})"
-    words = (f"{label} {formats.milliseconds(bar[2])}" for label, bar in zip(labels, bars, strict=True))
-    return _chart(
-        figure,
-        "latency",
-        "Is it faster?",
-        f"One inference on this machine{where}. Bar: median. Tick: 90th percentile.",
-        f"Median latency: {'; '.join(words)}.",
-    )
+    axes.set_xlabel(f"{name}, ms" if unit == "ms" else name)
+    where = "" if several else f" ({formats.place(*next(iter(keys)))})"
+    words = (f"{label} {write(bar[2])}" for label, bar in zip(labels, bars, strict=True))
+    return _chart(figure, name, title, caption.format(where=where), f"Median {name}: {'; '.join(words)}.")
+
+
+_DRAWINGS = (
+    _draw_accuracy,
+    _draw_classes,
+    _draw_qat_training,
+    _draw_float_training,
+    _draw_latency,
+    _draw_instructions,
+)
 
 
 # --- drawing

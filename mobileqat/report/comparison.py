@@ -6,12 +6,13 @@ from typing import Any
 
 from mobileqat.report import formats
 from mobileqat.report.results import (
-    LatencyKey,
+    Place,
     accuracy,
+    cost,
+    cost_places,
+    cost_ratio,
+    cost_records,
     difference_points,
-    latency_ms,
-    latency_ratio,
-    latency_records,
     lookup,
     number,
     present_variants,
@@ -72,24 +73,33 @@ def _quantities(columns: Mapping[str, Variant]) -> Iterator[Quantity]:
     yield "Size", lambda v: formats.kilobytes(number(v, "size_bytes")), False
     size = number(reference, "size_bytes")
     yield "ratio to float", lambda v: formats.factor(ratio(number(v, "size_bytes"), size)), True
-    keys = dict.fromkeys(key for variant in columns.values() for key in latency_records(variant))
-    for key in keys:
-        yield from _latency_quantities(key, reference)
+    for place, unit in cost_places(columns).items():
+        yield from _cost_quantities(place, unit, reference)
     yield "Fully integer", _fully_integer, False
     yield "Parity with the simulation", _parity, False
 
 
-def _latency_quantities(key: LatencyKey, reference: Variant) -> Iterator[Quantity]:
-    def slower(variant: Variant) -> float | None:
-        return latency_ratio(variant, reference, key)
+COST_LABELS = {"ms": "Latency", "instructions": "Instructions", "cycles": "Cycles, estimated"}
 
-    def memory(variant: Variant) -> float | None:
-        return number(latency_records(variant).get(key), "peak_memory_bytes")
 
-    yield f"Latency, {formats.threads(*key)}", lambda v: formats.milliseconds(latency_ms(v, key)), False
-    yield "90th percentile", lambda v: formats.milliseconds(latency_ms(v, key, "p90")), True
-    yield "ratio to float", lambda v: formats.factor(slower(v)), True
+def _cost_quantities(place: Place, unit: str, reference: Variant) -> Iterator[Quantity]:
+    write = formats.COSTS.get(unit, formats.significant)
+
+    def detail(*path: str) -> Callable[[Variant], float | None]:
+        return lambda variant: number(cost_records(variant).get(place), *path)
+
+    memory, delegated, identical = (
+        detail("peak_memory_bytes"),
+        detail("delegate", "share"),
+        detail("agreement", "identical"),
+    )
+    yield f"{COST_LABELS.get(unit, unit)}, {formats.place(*place)}", lambda v: write(cost(v, place)), False
+    if unit == "ms":
+        yield "90th percentile", lambda v: write(cost(v, place, "p90")), True
+    yield "ratio to float", lambda v: formats.factor(cost_ratio(v, reference, place)), True
     yield "peak memory", lambda v: formats.megabytes(memory(v)), True
+    yield "operators on the delegate", lambda v: formats.exact_percent(delegated(v)), True
+    yield "outputs identical to this machine's", lambda v: formats.exact_percent(identical(v)), True
 
 
 def _fully_integer(variant: Variant) -> str:

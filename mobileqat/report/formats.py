@@ -40,6 +40,15 @@ def milliseconds(latency_ms: float | None) -> str:
     return f"{latency_ms:,.{digits}f} ms"
 
 
+def millions(number: float | None) -> str:
+    """9363412 -> "9.363 M"."""
+    return MISSING if number is None else f"{number / 1e6:,.3f} M"
+
+
+# How a cost is written in each unit of a benchmark's record.
+COSTS = {"ms": milliseconds, "instructions": millions, "cycles": millions}
+
+
 def seconds(duration: float | None) -> str:
     """1.24 -> "1.2 s", 812 -> "13 min 32 s"."""
     if duration is None:
@@ -65,5 +74,7 @@ def significant(value: float | None) -> str:
     return MISSING if value is None else f"{value:.5g}"
 
 
-def threads(runtime: str, number: int) -> str:
-    return f"{runtime}, {number} thread{'' if number == 1 else 's'}"
+def place(target: str, runtime: str, threads: int) -> str:
+    """Where a cost was measured: "litert, 2 threads" on this machine, "arm:cortex-a53, litert, 1 thread" elsewhere."""
+    where = [] if target == "host" else [target]
+    return ", ".join([*where, runtime, f"{threads} thread{'' if threads == 1 else 's'}"])

@@ -11,7 +11,7 @@ from typing import Any
 # Labels of the variants, in the order in which they are shown.
 VARIANTS = {"float": "float", "ptq": "PTQ", "qat": "QAT"}
 
-LatencyKey = tuple[str, int]  # runtime, threads
+Place = tuple[str, str, int]  # target, runtime, threads
 
 
 def lookup(results: Any, *path: str) -> Any:
@@ -68,22 +68,27 @@ def wilson_interval(share: float, samples: float, z: float = 1.96) -> tuple[floa
     return (centre - spread) / scale, (centre + spread) / scale
 
 
-def latency_records(variant: Mapping[str, Any] | None) -> dict[LatencyKey, dict[str, Any]]:
-    """The measured latencies by runtime and number of threads, in the order of measurement."""
-    records = lookup(variant, "latency") or []
-    return {(record["runtime"], record["threads"]): record for record in records}
+def cost_records(variant: Mapping[str, Any] | None) -> dict[Place, dict[str, Any]]:
+    """What was measured, by place, in the order of measurement."""
+    records = lookup(variant, "bench") or []
+    return {(record["target"], record["runtime"], record["threads"]): record for record in records}
 
 
-def latency_ms(variant: Mapping[str, Any] | None, key: LatencyKey, statistic: str = "median") -> float | None:
-    return number(latency_records(variant).get(key), "latency_ms", statistic)
+def cost_places(variants: Mapping[str, Any], unit: str | None = None) -> dict[Place, str]:
+    """Where anything was measured, with the unit of the cost there; only places of one unit if it is given."""
+    records = {place: row for variant in variants.values() for place, row in cost_records(variant).items()}
+    return {place: row["unit"] for place, row in records.items() if unit in (None, row["unit"])}
 
 
-def latency_ratio(
-    variant: Mapping[str, Any] | None, reference: Mapping[str, Any] | None, key: LatencyKey
-) -> float | None:
-    """Latency over that of `reference`, the float file; as measured in turns when it was."""
-    measured = number(latency_records(variant).get(key), "ratio_to_float", "median")
-    return measured or ratio(latency_ms(variant, key), latency_ms(reference, key))
+def cost(variant: Mapping[str, Any] | None, place: Place, statistic: str = "median") -> float | None:
+    """What one inference costs, in the record's unit."""
+    return number(cost_records(variant).get(place), "cost", statistic)
+
+
+def cost_ratio(variant: Mapping[str, Any] | None, reference: Mapping[str, Any] | None, place: Place) -> float | None:
+    """Cost over that of `reference`, the float file; as measured in turns when it was."""
+    measured = number(cost_records(variant).get(place), "ratio_to_float", "median")
+    return measured or ratio(cost(variant, place), cost(reference, place))
 
 
 def failed_steps(results: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mobileqat.report.formats import percent, threads
+from mobileqat.report.formats import percent, place
 from mobileqat.report.results import (
     VARIANTS,
     accuracy,
+    cost_places,
+    cost_ratio,
     difference_points,
     file_name,
-    latency_ratio,
-    latency_records,
     number,
     present_variants,
     ratio,
@@ -156,10 +156,10 @@ def _ratios_to_float(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
     size = ratio(number(shipped, "size_bytes"), number(reference, "size_bytes"))
     if size is not None:
         yield f"{100 * size:.0f} % of the size"
-    for key in latency_records(shipped):
-        slowdown = latency_ratio(shipped, reference, key)
+    for where in cost_places({ship: shipped}, "ms"):
+        slowdown = cost_ratio(shipped, reference, where)
         if slowdown:
-            yield f"{_speed(1 / slowdown)} ({threads(*key)})"
+            yield f"{_speed(1 / slowdown)} ({place(*where)})"
             return
 
 
