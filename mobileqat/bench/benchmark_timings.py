@@ -134,8 +134,9 @@ def _is_possible(count: int, samples: Iterable[float], x: Latency) -> bool:
         return False
     above, below = x.max - x.mean, x.mean - x.min
     rounding = 1 + 1e-5 * x.max
-    # The extremes alone make the smallest variance; Bhatia and Davis: the largest is above * below.
-    smallest, largest = (above**2 + below**2) / count if count > 1 else 0.0, (above + rounding) * (below + rounding)
+    # The extremes alone make the smallest variance; Bhatia and Davis: the largest of a population is above * below.
+    smallest = (above**2 + below**2) / count if count > 1 else 0.0
+    largest = (above + rounding) * (below + rounding) * count / max(count - 1, 1)
     return percentiles == sorted(percentiles) and smallest <= (x.std + rounding) ** 2 and x.std**2 <= largest
 
 
