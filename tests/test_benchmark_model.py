@@ -217,7 +217,7 @@ def test_subgraphs_are_added_and_repetitions_are_not():
         ("GPU acceleration is unsupported on this platform.", "gpu", "applied it to nothing: GPU acceleration is"),
         (f"{APPLIED} XNNPACK {GRAPH} completely executed by the delegate.",
          "gpu", "'gpu' was asked for, and benchmark_model applied it to nothing"),
-        ("Created TensorFlow Lite XNNPACK delegate for CPU.", "none", "no delegate was asked for"),
+        ("Created TensorFlow Lite XNNPACK delegate for CPU.", "none", "No delegate was asked for"),
         ("Replacing 9 out of 4 node(s) with delegate (TfLiteXNNPackDelegate) node, yielding 1 partitions.",
          "xnnpack", "took 9 of 4"),
     ],

@@ -126,7 +126,7 @@ def test_the_check_finds_it():
 
 @pytest.mark.parametrize("name", ["ethos-u", "ethos-u55", "ethos-u55-", "ethos-u55-x"])
 def test_names(name):
-    with pytest.raises(DeviceError, match=r"expected a name such as ethos-u55-128|no target"):
+    with pytest.raises(DeviceError, match=r"Expected a name such as ethos-u55-128|no target"):
         parse_target(name)
 
 

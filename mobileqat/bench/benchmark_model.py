@@ -254,7 +254,7 @@ def _delegation(texts: Sequence[str], wanted: str | None) -> tuple[str | None, D
     replaced = [match for match in map(_REPLACED.fullmatch, texts) if match and int(match[1])]
     if wanted == "none":
         if applied or replaced or any(map(_CREATED.match, texts)):
-            raise DeviceError("no delegate was asked for, and benchmark_model applied one.")
+            raise DeviceError("No delegate was asked for, and benchmark_model applied one.")
         return None, None
     labels = [*applied, *(_label(match[3]) for match in replaced)]
     label = next(iter(labels), None)
@@ -265,7 +265,7 @@ def _delegation(texts: Sequence[str], wanted: str | None) -> tuple[str | None, D
     if label not in labels:
         reasons = [text for text in texts if _IGNORED.fullmatch(text) or "unsupported on this platform" in text]
         raise DeviceError(
-            f"the delegate '{wanted}' was asked for, and benchmark_model applied it to nothing"
+            f"The delegate '{wanted}' was asked for, and benchmark_model applied it to nothing"
             f"{': ' + reasons[0] if reasons else '.'}"
         )
     return _counts(wanted or label, applied.get(label), [match for match in replaced if _label(match[3]) == label])

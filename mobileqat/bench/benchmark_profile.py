@@ -58,7 +58,7 @@ def _section(lines: Sequence[str]) -> Sequence[str]:
         if line.strip().endswith(_RUNS):
             return lines[index + 1 :]
     if any(line.strip().endswith(_INITIALIZATION) for line in lines):
-        raise DeviceError("the table of operators is cut off.")
+        raise DeviceError("The table of operators is cut off.")
     return lines
 
 
@@ -83,9 +83,9 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         try:
             avg, percent, cumulative, calls = (float(cells[column].strip().rstrip("%")) for column in _NUMBERS)
         except (KeyError, ValueError):
-            raise DeviceError(f"a row of the table of operators is garbled: {line.strip()[:200]}") from None
+            raise DeviceError(f"A row of the table of operators is garbled: {line.strip()[:200]}") from None
         table.append(_Row(cells["node type"].strip(), _name(cells["name"]), avg, percent, cumulative, int(calls)))
-    raise DeviceError("the table of operators is cut off.")
+    raise DeviceError("The table of operators is cut off.")
 
 
 def _name(text: str) -> str:
@@ -102,11 +102,11 @@ def _total(lines: Iterable[str], count: int) -> tuple[int, float]:
         if match and runs and int(match[1]) == count:
             return runs, total_us / 1e3
         if match:
-            raise DeviceError(f"the table of operators has {count} rows for {match[1]} nodes.")
+            raise DeviceError(f"The table of operators has {count} rows for {match[1]} nodes.")
         match = _TOTAL.fullmatch(line.strip())
         if match:
             runs, total_us = int(match[1]), float(match[3] or match[2])
-    raise DeviceError("the end of the table of operators is missing.")
+    raise DeviceError("The end of the table of operators is missing.")
 
 
 def _costs(rows: Sequence[_Row], total_ms: float) -> tuple[OperatorCost, ...]:
@@ -115,9 +115,9 @@ def _costs(rows: Sequence[_Row], total_ms: float) -> tuple[OperatorCost, ...]:
         shared_ms = row.percent / 100 * total_ms
         rounding_ms = 0.0006 * row.calls + 2e-5 * total_ms
         if row.calls and abs(row.avg_ms * row.calls - shared_ms) > rounding_ms:
-            raise DeviceError(f"the time of '{row.name[:80]}' does not fit its share in the table of operators.")
+            raise DeviceError(f"The time of '{row.name[:80]}' does not fit its share in the table of operators.")
         if abs(cumulative + row.percent - row.cumulative_percent) > 0.0021:
-            raise DeviceError(f"the shares in the table of operators do not add up at '{row.name[:80]}'.")
+            raise DeviceError(f"The shares in the table of operators do not add up at '{row.name[:80]}'.")
         cumulative = row.cumulative_percent
     # Zero calls are less than one per run; what there was is in the share.
     return tuple(

@@ -86,7 +86,7 @@ def timings(texts: Sequence[str]) -> Timings:
         return results
     if len(counted) != 2:
         fault = "is cut off" if len(counted) < 2 else "holds more than one run"
-        raise DeviceError(f"the output of benchmark_model {fault}; {_ending(texts)}")
+        raise DeviceError(f"The output of benchmark_model {fault}; {_ending(texts)}")
     warmup, timed = map(_statistics, counted)
     _check_announced(texts, (warmup, timed))
     if not timed.count:
@@ -111,7 +111,7 @@ def _ending(texts: Sequence[str]) -> str:
 def _statistics(text: str) -> _Statistics:
     match = _STATISTICS.fullmatch(text)
     if not match:
-        raise DeviceError(f"a line of benchmark_model's output is garbled: {text[:200]}")
+        raise DeviceError(f"A line of benchmark_model's output is garbled: {text[:200]}")
     count, first, curr, low, high, mean, std, p5, median, p95 = (
         None if value is None else float(value) for value in match.group(1, 2, 3, 5, 6, 7, 8, 9, 10, 11)
     )
@@ -120,10 +120,10 @@ def _statistics(text: str) -> _Statistics:
     if count == 1 or match[4]:  # then one number says everything
         first, low, high, mean, std = curr, curr, curr, curr, 0.0
     if count is None or curr is None or first is None or mean is None or low is None or high is None or std is None:
-        raise DeviceError(f"a line of benchmark_model's output is cut off: {text[:200]}")
+        raise DeviceError(f"A line of benchmark_model's output is cut off: {text[:200]}")
     latency = Latency(mean, low, high, std, median, p5, p95)
     if not _is_possible(int(count), (first, curr), latency):
-        raise DeviceError(f"a line of benchmark_model's output contradicts itself: {text[:200]}")
+        raise DeviceError(f"A line of benchmark_model's output contradicts itself: {text[:200]}")
     return _Statistics(int(count), first, latency)
 
 
@@ -144,7 +144,7 @@ def _check_announced(texts: Sequence[str], stages: Sequence[_Statistics]) -> Non
     """The counts must be what was announced: that many, or at least that many where a duration was asked for too."""
     announced = [match for match in map(_ANNOUNCED.fullmatch, texts) if match]
     if len(announced) != len(stages):
-        raise DeviceError("the output of benchmark_model is incomplete: it does not announce its runs.")
+        raise DeviceError("The output of benchmark_model is incomplete: it does not announce its runs.")
     for match, stage in zip(announced, stages, strict=True):
         wanted, is_exact = int(match[1]), match[2] is None or float(match[2]) <= 0
         if stage.count < wanted or (is_exact and stage.count > wanted):
@@ -154,7 +154,7 @@ def _check_announced(texts: Sequence[str], stages: Sequence[_Statistics]) -> Non
 def _session_us(texts: Sequence[str]) -> float:
     found = {match[1] for match in map(_SESSION.fullmatch, texts) if match}
     if len(found) != 1:
-        raise DeviceError("the output of benchmark_model does not say, once, how long the initialization took.")
+        raise DeviceError("The output of benchmark_model does not say, once, how long the initialization took.")
     return float(found.pop()) * 1e3
 
 
@@ -166,14 +166,14 @@ def _check_repetition(texts: Sequence[str], init_us: float, warmup: _Statistics,
     new = {match.groups() for match in map(_TIMINGS.fullmatch, texts) if match}
     old = {match.groups() for match in map(_OLD_TIMINGS.fullmatch, texts) if match}
     if len(new) + len(old) != 1:
-        raise DeviceError(f"the output of benchmark_model has no single line of timings; {_ending(texts)}")
+        raise DeviceError(f"The output of benchmark_model has no single line of timings; {_ending(texts)}")
     if new:
         repeated, said = new.pop(), [init_us, warmup.first, warmup.latency.mean, timed.latency.mean]
     else:
         repeated, said = old.pop(), [warmup.latency.mean, init_us, timed.latency.mean]
     # Six digits are what both prints have at least.
     if [f"{float(value):g}" for value in repeated] != [f"{value:g}" for value in said]:
-        raise DeviceError("the timings that benchmark_model printed at its end are not those it printed before.")
+        raise DeviceError("The timings that benchmark_model printed at its end are not those it printed before.")
 
 
 def _results(texts: Sequence[str]) -> Timings | None:
@@ -183,7 +183,7 @@ def _results(texts: Sequence[str]) -> Timings | None:
         return None
     end = next((index for index in range(begins[0] + 1, len(texts)) if re.fullmatch("={30,}", texts[index])), None)
     if len(begins) > 1 or end is None:
-        raise DeviceError(f"the results of benchmark_model are cut off, or two runs'; {_ending(texts)}")
+        raise DeviceError(f"The results of benchmark_model are cut off, or two runs'; {_ending(texts)}")
     rows = [match for match in map(_RESULT.fullmatch, texts[begins[0] : end]) if match]
     values, counts = {row[1]: float(row[2]) for row in rows}, {row[1]: int(row[3]) for row in rows if row[3]}
     try:
@@ -191,9 +191,9 @@ def _results(texts: Sequence[str]) -> Timings | None:
         runs = counts["Warmup (avg)"], counts["Inference (avg)"]
         found = Timings(values["Model initialization"], values["Warmup (first)"], *runs, latency)
     except KeyError as error:
-        raise DeviceError(f"the results of benchmark_model have no line {error}.") from None
+        raise DeviceError(f"The results of benchmark_model have no line {error}.") from None
     if len(rows) != len(values) or not latency.min <= latency.mean <= latency.max or not found.runs:
-        raise DeviceError("the results of benchmark_model contradict themselves.")
+        raise DeviceError("The results of benchmark_model contradict themselves.")
     return found
 
 
@@ -205,7 +205,7 @@ def _check_results(results: Timings, counted: Timings) -> None:
     # Hundredths of a millisecond; the standard deviation was cut to microseconds, the mean to six digits.
     is_close = all(abs(first - second) <= 0.0061 + 1e-5 * second for first, second in pairs)
     if not is_close or (results.warmup, results.runs) != (counted.warmup, counted.runs):
-        raise DeviceError("the results that benchmark_model printed at its end are not those it printed before.")
+        raise DeviceError("The results that benchmark_model printed at its end are not those it printed before.")
 
 
 def _ms(us: float) -> float:

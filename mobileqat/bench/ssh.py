@@ -60,10 +60,13 @@ class Ssh:
         DeviceError: the address has another form.
     """
 
+    has_profiler = False
+    computes = True
+
     def __init__(self, name: str):
         match = _NAME.fullmatch(name)
         if not match:
-            raise DeviceError(f"expected ssh://[user@]host[:port][?python=/path/to/python3]. Received: '{name}'")
+            raise DeviceError(f"Expected ssh://[user@]host[:port][?python=/path/to/python3]. Received: '{name}'")
         self.name = name
         self._host = match["host"].strip("[]")
         self._login = [
@@ -87,7 +90,7 @@ class Ssh:
             shutil.copy(WORKER, sent / "worker.py")
             report = self._call(_pack(sent), returned, _expected(jobs), settings.timeout_s)
             if report["returncode"] is None:
-                raise DeviceError(f"the worker on {self.name} was stopped after {settings.timeout_s:g} s.")
+                raise DeviceError(f"The worker on {self.name} was stopped after {settings.timeout_s:g} s.")
             version, measured = self._results(returned, jobs, report)
         device, warnings = _device(report)
         return Outcome(measured, "ms", settings.runtime, version, device, warnings)
@@ -143,7 +146,7 @@ class Ssh:
                 ["ssh", *arguments], input=payload, stdout=answer, stderr=subprocess.PIPE, timeout=limit_s, check=False
             )
         except subprocess.TimeoutExpired:
-            raise DeviceError(f"the connection to {self.name} was closed after {limit_s:g} s.") from None
+            raise DeviceError(f"The connection to {self.name} was closed after {limit_s:g} s.") from None
         except OSError as error:
             raise DeviceError(f"ssh cannot be started ({error}): apt install openssh-client") from error
 
@@ -173,7 +176,7 @@ class Ssh:
                 raise
             raise DeviceError(f"{error} On the board: {self._python} -m pip install numpy ai-edge-litert") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
-            raise DeviceError(f"the results of the worker on {self.name} are broken: {error}") from error
+            raise DeviceError(f"The results of the worker on {self.name} are broken: {error}") from error
 
 
 def _cores(cpus: str | None) -> list[int]:
@@ -184,7 +187,7 @@ def _cores(cpus: str | None) -> list[int]:
     for part in cpus.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise DeviceError(f"expected cores such as 0 or 4-7. Received: '{cpus}'")
+            raise DeviceError(f"Expected cores such as 0 or 4-7. Received: '{cpus}'")
         cores += range(int(match[1]), int(match[2] or match[1]) + 1)
     return cores
 
@@ -225,7 +228,7 @@ def _device(report: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     warnings = []
     governor = device.get("governor", "performance")
     if governor != "performance":
-        warnings.append(f"the governor is '{governor}': latencies depend on what clock it chooses")
+        warnings.append(f"The governor is '{governor}': latencies depend on what clock it chooses.")
     if before["throttling"] != after["throttling"]:
-        warnings.append("the board throttled while it was measured")
+        warnings.append("The board throttled while it was measured.")
     return device, tuple(warnings)

@@ -38,10 +38,13 @@ class Vela:
         DeviceError: the name has another form.
     """
 
+    has_profiler = True
+    computes = False
+
     def __init__(self, name: str):
         match = re.fullmatch(r"ethos-(u\d\d)-(\d+)", name)
         if not match:
-            raise DeviceError(f"expected a name such as ethos-u55-128. Received: '{name}'")
+            raise DeviceError(f"Expected a name such as ethos-u55-128. Received: '{name}'")
         self.name = name
         self._description = f"Arm Ethos-{match[1].upper()}, {match[2]} MACs per cycle"
 
@@ -63,7 +66,7 @@ class Vela:
             measurements.append(_measurement(job, summary, layers, text, settings))
             device = _device(self._description, summary)
         partial = [m.delegate for m in measurements if m.delegate and m.delegate.share < 1]
-        warnings = ["the estimate leaves out the operators that run on the CPU"] if partial else []
+        warnings = ["The estimate leaves out the operators that run on the CPU."] if partial else []
         return Outcome(tuple(measurements), "cycles", "vela", version, device, tuple(warnings))
 
     def check(self) -> list[Check]:
