@@ -149,18 +149,18 @@ JOB = Job("a", flatbuffer.Model((), {}, "", b"TFL3"), ())
 
 
 @pytest.mark.parametrize(
-    ("code", "message"),
+    ("code", "timeout_s", "message"),
     [
-        ("import os; os.kill(os.getpid(), 11)", "compiling 'a', was killed by SIGSEGV"),
-        ("print('Error: no such thing'); sys.exit(1)", "exit code 1 .*: Error: no such thing"),
-        ("print('Warning: all is well')", "exit code 0 and without a usable result: no message"),
-        ("import time; time.sleep(60)", r"compiling 'a', was stopped after"),
+        ("import os; os.kill(os.getpid(), 11)", 60, "compiling 'a', was killed by SIGSEGV"),
+        ("print('Error: no such thing'); sys.exit(1)", 60, "exit code 1 .*: Error: no such thing"),
+        ("print('Warning: all is well')", 60, "exit code 0 and without a usable result: no message"),
+        ("import time; time.sleep(60)", 1, r"compiling 'a', was stopped after"),
     ],
 )
-def test_failures(program, code, message):
+def test_failures(program, code, timeout_s, message):
     program(code)
     with pytest.raises(DeviceError, match=message):
-        vela.Vela("ethos-u55-128").run([JOB], Settings(timeout_s=2.0))
+        vela.Vela("ethos-u55-128").run([JOB], Settings(timeout_s=timeout_s))
 
 
 def test_another_program_of_that_name(program):

@@ -190,7 +190,7 @@ def _line(text: str) -> _Line | None:
 _DRY_RUN = "Run w/o invoking kernels: [1]"
 _FAILURES: tuple[tuple[str, str], ...] = (
     (r"not executable: |Exec format error|cannot execute binary file", "is a program for another processor"),
-    (r"benchmark_model: (?:inaccessible or )?(?:not found|No such file)", "is not there"),
+    (r"sh: .*(?:not found|No such file or directory)", "is not there"),
     (r"Permission denied", "may not be executed or may not read a file"),
     (r"CANNOT LINK EXECUTABLE|error while loading shared libraries", "misses a library"),
     (r"Failed to parse flag", "refuses the value of a flag"),

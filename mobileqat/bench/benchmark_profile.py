@@ -7,6 +7,7 @@ average is there twice: `avg * calls = share * total`, as exactly as three decim
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,12 @@ def _rows(lines: Sequence[str]) -> list[_Row]:
         # XNNPACK's kinds have commas, which the CSV does not protect; in names they are replaced.
         cells = dict(zip(columns, line.lstrip("\t").rsplit(separator, len(columns) - 1), strict=False))
         try:
-            avg, percent, cumulative, calls = (float(cells[column].strip().rstrip("%")) for column in _NUMBERS)
+            numbers = [float(cells[column].strip().rstrip("%")) for column in _NUMBERS]
         except (KeyError, ValueError):
-            raise DeviceError(f"A row of the table of operators is garbled: {line.strip()[:200]}") from None
+            numbers = [math.nan]
+        if len(cells) != len(columns) or not all(map(math.isfinite, numbers)):
+            raise DeviceError(f"A row of the table of operators is garbled: {line.strip()[:200]}")
+        avg, percent, cumulative, calls = numbers
         table.append(_Row(cells["node type"].strip(), _name(cells["name"]), avg, percent, cumulative, int(calls)))
     raise DeviceError("The table of operators is cut off.")
 

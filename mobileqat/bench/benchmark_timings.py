@@ -44,13 +44,13 @@ class Timings:
     latency_ms: Latency
 
 
-NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]\d\d)?)"
 _STATISTICS = re.compile(
     rf"count=(\d+)(?: first=(\d+))?(?: curr=(\d+))?( ?\(all same\))?"
     rf"(?: min=(\d+) max=(\d+) avg={NUMBER} std={NUMBER})?(?: p5={NUMBER} median={NUMBER} p95={NUMBER})?"
 )
 _ANNOUNCED = re.compile(
-    r"Running benchmark for (?:at least )?(\d+) iterations(?: and at least (-?[\d.]+) seconds)?\b.*"
+    rf"Running benchmark for (?:at least )?(\d+) iterations(?: and at least (-?{NUMBER}) seconds\b.*)?"
 )
 _SESSION = re.compile(rf"Initialized session in {NUMBER}ms\.?")
 _TIMINGS = re.compile(
