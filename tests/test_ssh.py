@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import io
+import json
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from opbuild import Operand, build
 from mobileqat import flatbuffer
 from mobileqat.bench import board, ssh
 from mobileqat.bench.host import Host
+from mobileqat.bench.measure import measure
 from mobileqat.bench.record import Job, Settings
 from mobileqat.bench.targets import parse_target
 from mobileqat.errors import DeviceError
@@ -165,6 +167,18 @@ def test_run(address, jobs):
 
 
 @needs_sshd
+def test_measure(address, jobs):
+    """Operators one by one, and outputs compared with this machine's."""
+    settings = Settings(warmup=0, runs=3, profile=True)
+    files = {job.name: job.model.content for job in jobs}
+    comparison = measure(files, parse_target(address()), settings, samples=2)
+    for record in comparison.records.values():
+        assert record.agreement.identical == 1 and record.agreement.samples == 2 and record.runs == 3
+        assert [(entry.name, entry.kind) for entry in record.profile] == [("y", "ADD")]
+    json.dumps(comparison.to_dict())
+
+
+@needs_sshd
 def test_cores_are_the_boards(address, jobs):
     core = min(os.sched_getaffinity(0))
     outcome = parse_target(address()).run(jobs[:1], Settings(warmup=0, runs=1, cpus=str(core)))
@@ -259,6 +273,7 @@ CLIENT = """
 import sys
 import numpy as np
 from mobileqat import flatbuffer
+from mobileqat.bench.measure import measure
 from mobileqat.bench.record import Job, Settings
 from mobileqat.bench.ssh import Ssh
 model = flatbuffer.read(sys.argv[2])

@@ -1,5 +1,6 @@
 """Ethos-U through Vela: real compilations where it is installed, and every way in which it can fail."""
 
+import json
 import sys
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from mobileqat import flatbuffer
 from mobileqat.bench import vela
+from mobileqat.bench.measure import measure
 from mobileqat.bench.record import Delegate, Job, Settings
 from mobileqat.bench.targets import parse_target
 from mobileqat.errors import DeviceError
@@ -74,6 +76,16 @@ def test_compilation(integer, name):
     assert first.details["flash_bytes"] + first.details["dram_bytes"] > 8 * 27  # the weights
     kinds = [entry.kind for entry in first.profile]
     assert "CONV_2D" in kinds and kinds[-1] == "SOFTMAX"
+
+
+@needs_vela
+def test_measure(integer):
+    files = {"a": integer.content, "b": integer.content}
+    comparison = measure(files, parse_target("ethos-u55-128"), Settings(profile=True))
+    record = comparison.records["b"]
+    assert record.unit == "cycles" and record.runs == 1 and record.agreement is None and record.profile
+    assert comparison.ratios["b"].median == 1
+    json.dumps(comparison.to_dict())
 
 
 @needs_vela

@@ -37,6 +37,7 @@ def main() -> None:
         if archive:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 tar.extractall(folder)
+            del archive  # small boards need the memory
             report.update(work(folder, header["timeout_s"]))
         with open(os.path.join(folder, "board.json"), "w", encoding="utf-8") as file:
             json.dump(report, file)

@@ -135,7 +135,7 @@ def _measurement(
         "macs": round(float(summary["nn_macs"])),
         "estimated_ms": round(1e3 * float(summary["inference_time"]), 9),
         "npu_operators": on_npu,
-        "cpu_operators": "; ".join(listed),
+        **({"cpu_operators": "; ".join(listed)} if listed else {}),
     }
     return Measurement(
         costs=(float(summary["cycles_total"]),) if job.is_timed and settings.runs else (),
