@@ -456,10 +456,3 @@ def test_too_much_of_an_answer(answers, monkeypatch):
 @pytest.mark.parametrize("path", [board.__file__, ssh.WORKER])
 def test_what_runs_on_the_board_is_old_python(path):
     ast.parse(Path(path).read_text(encoding="utf-8"), feature_version=(3, 9))
-
-
-@pytest.mark.parametrize("cpus", ["big", "1-", "", "a-b"])
-def test_cores(cpus):
-    with pytest.raises(DeviceError, match="Expected cores such as"):
-        ssh._cores(cpus)
-    assert ssh._cores("0,4-6") == [0, 4, 5, 6] and ssh._cores(None) == []

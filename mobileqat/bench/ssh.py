@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mobileqat.bench import board
-from mobileqat.bench.child import WORKER, measurements, read_result, write_jobs
+from mobileqat.bench.child import WORKER, core_numbers, measurements, read_result, write_jobs
 from mobileqat.bench.record import Check, Job, Measurement, Outcome, Settings
 from mobileqat.errors import DeviceError
 
@@ -86,7 +86,7 @@ class Ssh:
             sent, returned = Path(name, "sent"), Path(name, "returned")
             sent.mkdir()
             returned.mkdir()
-            write_jobs(sent, jobs, settings, _cores(settings.cpus))
+            write_jobs(sent, jobs, settings, core_numbers(settings.cpus))
             shutil.copy(WORKER, sent / "worker.py")
             report = self._call(_pack(sent), returned, _expected(jobs), settings.timeout_s)
             if report["returncode"] is None:
@@ -177,19 +177,6 @@ class Ssh:
             raise DeviceError(f"{error} On the board: {self._python} -m pip install numpy ai-edge-litert") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DeviceError(f"The results of the worker on {self.name} are broken: {error}") from error
-
-
-def _cores(cpus: str | None) -> list[int]:
-    """ "0,4-5" as [0, 4, 5]."""
-    if cpus is None:
-        return []
-    cores: list[int] = []
-    for part in cpus.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match:
-            raise DeviceError(f"Expected cores such as 0 or 4-7. Received: '{cpus}'")
-        cores += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return cores
 
 
 def _pack(folder: Path) -> bytes:
