@@ -320,9 +320,9 @@ def _sweep(path: Path) -> None:
 
 def _make_system(path: Path, say: Say) -> dict[str, str]:
     """Unpacks `host/` and `root/`; returns the downloads."""
-    for command in ("apt-get", "dpkg-deb"):
-        if shutil.which(command) is None:
-            raise DeviceError(f"{command} is missing: the emulated ARM system comes from Debian, by Debian's tools.")
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise DeviceError(f"{tool} is missing: the emulated ARM system comes from Debian, by Debian's tools.")
     mirror = os.environ.get(MIRROR_VARIABLE) or MIRROR
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-") as scratch:
         # apt reads the list as a user of its own when it runs as root.
@@ -345,7 +345,7 @@ def _make_system(path: Path, say: Say) -> dict[str, str]:
     for place in ("host", "root"):
         for name in EXCLUDED:
             shutil.rmtree(path / place / name, ignore_errors=True)
-    for other in (path / "host" / "usr" / "bin").iterdir():
+    for other in (path / "host" / EMULATOR).parent.iterdir():
         if other != path / "host" / EMULATOR:
             other.unlink()
     return downloads
@@ -431,7 +431,8 @@ def _run(
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         # apt's errors stand between its warnings
         errors = [line for line in lines if line.lower().startswith(("e:", "error"))] or lines
-        raise DeviceError(f"{what} failed: {' | '.join(errors[-3:]) or f'exit code {done.returncode}'}.{hint}")
+        message = " | ".join(errors[-3:]) or f"exit code {done.returncode}"
+        raise DeviceError(f"{what} failed: {message.rstrip('.')}.{hint}")
     return done.stdout
 
 
