@@ -102,7 +102,7 @@ class EmulatedArm:
             folder, counts = Path(name), Path(name) / "counts.txt"
             # The rounds that are not counted are the warm-up.
             child.write_jobs(folder, jobs, replace(settings, runs=rounds, warmup=1, cpus=None), mark=True)
-            command = [*self._emulator(folder, root, counts), str(root / "usr/bin/python3.11"), str(child.WORKER), name]
+            command = [*self._emulator(folder, root, counts), str(root / sysroot.INTERPRETER), str(child.WORKER), name]
             done = child.run_command(command, settings.timeout_s, what, _environment(site))
             result = child.read_result(folder, done, what)
             timed = [index for index, job in enumerate(jobs) if job.is_timed]
