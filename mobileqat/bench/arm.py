@@ -28,8 +28,7 @@ MAX_ROUNDS = 10
 class Cpu:
     """What a core's /proc/cpuinfo says; it must fit what qemu's `-cpu` of that name executes.
 
-    Interpreters take their kernels by the part's number and by the features: a feature that is not there ends in
-    SIGILL, one that is missing in slower kernels.
+    Interpreters choose their kernels by it, among other things, and LiteRT since 2.2 dies of an x86 one.
     """
 
     part: str
