@@ -2,7 +2,7 @@
 
     python -m mobileqat.bench.sysroot [--runtime litert]
 
-downloads about 60 MB of Debian packages, which apt verifies, and of PyPI's wheels, which pip verifies, and unpacks
+downloads about 100 MB of Debian packages, which apt verifies, and of PyPI's wheels, which pip verifies, and unpacks
 them as *parts*: `system`, and one per interpreter, since these need different versions of NumPy. It needs no root and
 installs nothing. A part appears under its name when it is complete, and not before; `manifest.json` in it says what
 it was made of (name and SHA-256 of every download) and which files must be there.
@@ -133,7 +133,7 @@ class Part:
         """
         problem = self.problem()
         if problem is not None:
-            raise DeviceError(f"{self.name}: {problem}. Set it up (a download of 60 MB in all) with: {self.fix}")
+            raise DeviceError(f"{self.name}: {problem}. Set it up (a download of 100 MB in all) with: {self.fix}")
         return self.path
 
 
