@@ -590,3 +590,13 @@ def test_embedding_with_masks():
     x = keras.Input((5,), dtype="int32")
     with pytest.raises(UnsupportedModelError, match="mask_zero=True"):
         quantize_model(keras.Model(x, L.Embedding(4, 3, mask_zero=True)(x)))
+
+
+def test_padding_stays_where_sizes_are_open():
+    """ZeroPadding2D and a strided convolution are padding="same" at even sizes only."""
+    layers = [L.ZeroPadding2D(((0, 1), (0, 1))), L.Conv2D(4, 3, strides=2, name="conv")]
+    fixed = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    assert [op.kind for op in quantize_model(fixed).plan.operators] == ["CONV_2D"]
+    still_open = keras.Sequential([keras.Input((None, None, 3)), *layers])
+    quantized = quantize_model(still_open, input_shape=(8, 8, 3))
+    assert [op.kind for op in quantized.plan.operators] == ["PAD", "CONV_2D"]
