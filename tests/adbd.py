@@ -77,11 +77,12 @@ class Phone:
     def __init__(
         self, root: Path, program: list[str], features: str = "shell_v2,stat_v2,ls_v2,fixed_push_mkdir"
     ) -> None:
-        self.root, self.program, self.features = root.resolve(), program, features
+        self.root, self.features = root.resolve(), features
         self.faults = Faults()
         self.commands: list[str] = []
         self._connections: set[_Connection] = set()
         self._furnish()
+        self.program = program
 
     def __enter__(self) -> Phone:
         self._loop = asyncio.new_event_loop()
@@ -129,6 +130,17 @@ class Phone:
 
     def set_property(self, key: str, value: str) -> None:
         (self.root / "props" / key).write_text(value + "\n")
+
+    @property
+    def program(self) -> list[str]:
+        """What runs in the place of arm64 programs; the app runs it too."""
+        return self._program
+
+    @program.setter
+    def program(self, words: list[str]) -> None:
+        self._program = words
+        (self.root / "program").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        (self.root / "program").chmod(0o755)
 
     def remove_tool(self, name: str) -> None:
         (self.root / "system/bin" / name).unlink()
@@ -186,7 +198,7 @@ class Phone:
         head = path.read_bytes()[:20]
         if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == 183:
             path.rename(path.with_name(f".elf-{path.name}"))
-            path.write_text(f'#!/bin/sh\nexec {shlex.join(self.program)} "$@"\n')
+            path.write_text(f'#!/bin/sh\nexec {shlex.quote(str(self.root / "program"))} "$@"\n')
 
     def mapped(self, command: str) -> str:
         for folder in ("/data/local", "/sys/"):
@@ -218,7 +230,7 @@ class Phone:
         self._script("logcat", f"cat {log}")
         self._script(
             "am",
-            f"[ $1 = start ] || exit 0; for a; do :; done; eval {shlex.join(self.program)} $a 2>&1 "
+            f"[ $1 = start ] || exit 0; for a; do :; done; set -f; {root}/program $a 2>&1 "
             f'| sed "s/^/{stamp} tflite  : /" >>{log}',
         )
         self._script(

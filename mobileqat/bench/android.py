@@ -160,7 +160,8 @@ class _Session:
     def _push(self) -> None:
         """Fills the folder; every file is compared with what was sent."""
         with tempfile.TemporaryDirectory() as name:
-            stage = Path(name)
+            stage = Path(name, self.folder.rpartition("/")[2])
+            stage.mkdir()
             if self.settings.delegate not in BUILT_IN:
                 _copy(Path(self.settings.delegate), stage / "delegate.so")
             for index, job in enumerate(self.jobs):

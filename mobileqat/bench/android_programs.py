@@ -34,6 +34,7 @@ _LOOP = """i=0; rm -f {index}.out
 while [ $i -lt {count} ]; do
 {select}
   {run} >{index}.log 2>&1 </dev/null; c=$?
+  [ $c -eq 0 ] && [ ! -f {index}.one ] && c=1
   if [ $c -ne 0 ]; then echo "sample $i"; cat {index}.log; exit $c; fi
   [ $i -eq 0 ] && cp {index}.log {index}.first
   cat {index}.one >>{index}.out || exit 1
@@ -178,9 +179,11 @@ class Apk:
     def measure(self, folder: str, index: int, job: Job, settings: Settings) -> str:
         mark = f"mobileqat-{secrets.token_hex(8)}"
         settings = _absolute(settings, folder)
-        flags = shlex.join(
-            command("", f"{folder}/{index}.tflite", settings, inputs=_inputs(job, f"{folder}/{index}.x"))[1:]
-        )
+        inputs = _inputs(job, f"{folder}/{index}.x")
+        arguments = command("", f"{folder}/{index}.tflite", settings, inputs=inputs)[1:]
+        if any(re.search(r"\s", argument) for argument in arguments):
+            raise DeviceError(f"{job.name}: the APK splits its arguments at blanks. Received: {arguments}")
+        flags = " ".join(arguments)
         start = f"am start -S -n {self.PACKAGE}/.BenchmarkModelActivity --es args {shlex.quote(flags)}"
         # logcat keeps old runs: what counts comes after the mark.
         printed = self.adb.checked(f"log -t mobileqat {mark}; {start}", f"{job.name}: starting the app")
@@ -207,13 +210,14 @@ class Apk:
 
 
 def push_folder(adb: Adb, stage: Path, folder: str) -> None:
-    """Copies a folder's files and compares them on the device with what was sent.
+    """Copies a folder of the same name and compares its files on the device with what was sent.
 
     Raises:
         DeviceError: no room, a file that arrived otherwise, or the device went away.
     """
-    adb.checked(f"mkdir -p {folder} && {STALE.format(folder.rpartition('/')[0])}; cd {folder}", "making a folder")
-    adb.push(Path(f"{stage}/."), f"{folder}/", adb.deadline.left())
+    parent = folder.rpartition("/")[0]
+    adb.checked(f"mkdir -p {folder}; {STALE.format(parent)}; cd {folder}", "making a folder on the device")
+    adb.push(stage, f"{parent}/", adb.deadline.left())  # into a folder that exists: adb adds the name
     summed = adb.shell(
         f"cd {folder} && for t in sha256sum md5sum; do command -v $t >/dev/null 2>&1 || continue; "
         "echo $t; $t *; exit; done; echo none",
