@@ -16,9 +16,10 @@ import shlex
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 HOST_TOOLS = ("sh", "ls", "cat", "cp", "rm", "mkdir", "rmdir", "chmod", "find", "sed", "dd", "grep", "sleep", "timeout")
 PROPERTIES = {
@@ -72,12 +73,17 @@ class Phone:
         root: an empty folder for its storage.
         program: the command line that stands in for arm64 programs.
         features: what the device tells the client that it can do.
+        environment: more variables for its programs.
     """
 
     def __init__(
-        self, root: Path, program: list[str], features: str = "shell_v2,stat_v2,ls_v2,fixed_push_mkdir"
+        self,
+        root: Path,
+        program: list[str],
+        features: str = "shell_v2,stat_v2,ls_v2,fixed_push_mkdir",
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self.root, self.features = root.resolve(), features
+        self.root, self.features, self._environment = root.resolve(), features, dict(environment)
         self.faults = Faults()
         self.commands: list[str] = []
         self._connections: set[_Connection] = set()
@@ -206,7 +212,8 @@ class Phone:
         return command
 
     def environment(self) -> dict[str, str]:
-        return {"PATH": str(self.root / "system/bin"), "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+        own = {"PATH": str(self.root / "system/bin"), "HOME": "/", "PYTHONDONTWRITEBYTECODE": "1"}
+        return own | self._environment
 
     def _furnish(self) -> None:
         for folder in ("data/local/tmp", "system/bin", "props", "dumpsys", "sys/class/thermal"):
@@ -233,9 +240,9 @@ class Phone:
             f"[ $1 = start ] || exit 0; for a; do :; done; set -f; {root}/program $a 2>&1 "
             f'| sed "s/^/{stamp} tflite  : /" >>{log}',
         )
-        self._script(
-            "pm", f"case $1 in install) echo >{root}/installed; echo Success;; list) cat {root}/installed;; esac"
-        )
+        name = "package:org.tensorflow.lite.benchmark"
+        install = f"echo {name} >{root}/installed; echo Success"
+        self._script("pm", f"case $1 in install) {install};; list) cat {root}/installed;; esac")
         for name in ("sha256sum", "md5sum"):
             loop = f'g=$f; [ -e ".elf-$f" ] && g=".elf-$f"; /usr/bin/{name} <"$g" | sed "s|-|$f|"'
             self._script(name, f"for f; do {loop}; done")
@@ -463,7 +470,7 @@ class _Sync:
         self.phone.arrived(path)
         await self.stream.write(b"OKAY" + bytes(4))
 
-    async def _parts(self) -> Iterator[bytes]:
+    async def _parts(self) -> AsyncIterator[bytes]:
         while True:
             kind, length = struct.unpack("<4sI", await self.stream.read(8))
             if kind == b"DONE":

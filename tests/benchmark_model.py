@@ -23,6 +23,7 @@ DEFAULTS = {
     "input_layer_value_files": "",
     "output_filepath": "",
     "enable_op_profiling": "false",
+    "external_delegate_path": "",
 }
 
 
@@ -69,6 +70,12 @@ def load(flags):
         options["experimental_op_resolver_type"] = OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
     interpreter = Interpreter(**options)
     interpreter.allocate_tensors()
+    if flags["external_delegate_path"]:
+        with open(flags["external_delegate_path"], "rb"):
+            print("INFO: EXTERNAL delegate created.")
+        print("VERBOSE: Replacing 1 out of 1 node(s) with delegate (VENDOR) node, yielding 1 partitions.")
+        print("INFO: Explicitly applied EXTERNAL delegate, ", end="")
+        print("and the model graph will be completely executed by the delegate.")
     if flags["use_xnnpack"] == "true":
         print("INFO: XNNPACK delegate created.")
         print("INFO: Explicitly applied XNNPACK delegate, ", end="")

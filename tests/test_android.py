@@ -4,6 +4,7 @@ The device's `benchmark_model` is a stand-in that computes with the real LiteRT,
 """
 
 import http.server
+import importlib
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ import pytest
 from mobileqat import flatbuffer
 from mobileqat.bench import adb, android_state, benchmark_binary
 from mobileqat.bench.android import Android, read_outputs
-from mobileqat.bench.record import Job, Settings
+from mobileqat.bench.measure import measure
+from mobileqat.bench.record import Delegate, Job, Settings
 from mobileqat.bench.targets import parse_target
 from mobileqat.errors import DeviceError
 from mobileqat.runtime import Session
@@ -30,11 +32,18 @@ from mobileqat.runtime import Session
 adbutils = pytest.importorskip("adbutils", reason="the tests drive the adb client that adbutils brings")
 STAND_IN = [sys.executable, str(Path(__file__).with_name("benchmark_model.py"))]
 HANG = ["/bin/sh", "-c", "sleep 1000; exit 1"]
+INSTALLED = "package:org.tensorflow.lite.benchmark\n"
 SETTINGS = Settings(warmup=1, runs=3, cooldown_s=0, timeout_s=60)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
+def arm_cache():
+    """The cache of the account that runs the tests, where an emulated ARM system may be."""
+    return os.environ.get("MOBILEQAT_CACHE") or str(Path.home() / ".cache" / "mobileqat")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory, arm_cache):
     """An adb server of the tests' own, with keys and a cache of its own; no adb but the bundled one."""
     with pytest.MonkeyPatch.context() as patch:
         with socket.socket() as free:
@@ -143,6 +152,46 @@ def test_measures_files_in_turns(phone, binary, model, job):
     assert is_clean(phone)
 
 
+def test_agrees_with_this_machine(phone, binary, model, monkeypatch):
+    """The way of the command line: fixed vectors, records, agreement."""
+    comparison = measure({"model": model.content}, Android(f"android:{phone.serial}", binary), SETTINGS, samples=4)
+    record = comparison.records["model"]
+    assert (record.agreement.samples, record.agreement.identical, record.agreement.max_lsb) == (4, 1, 0)
+    assert record.cost.median >= 0 and record.target == f"android:{phone.serial}"
+
+
+def test_computes_on_an_emulated_arm(tmp_path, server, arm_cache, binary, job):
+    """The stand-in, with the ARM builds of Python and LiteRT under qemu: what a device would compute."""
+    sysroot = pytest.importorskip("mobileqat.bench.sysroot", reason="there is no emulated ARM system")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOBILEQAT_CACHE", arm_cache)
+        problem = sysroot.system().problem() or sysroot.wheels("litert").problem()
+        if problem:
+            pytest.skip(f"the emulated ARM system is {problem}: {sysroot.SETUP}")
+        arm = importlib.import_module("mobileqat.bench.arm")
+        root, site, emulator = sysroot.system().path / "root", sysroot.wheels("litert").path, sysroot.emulator()
+    view = arm.make_view(tmp_path / "view", root, arm.CPUS["cortex-a53"])
+    words = [*emulator, "-cpu", "cortex-a53", "-L", str(view), str(root / "usr/bin/python3.11"), STAND_IN[1]]
+    with adbd.Phone(tmp_path / "device", words, environment={"PYTHONPATH": str(site)}) as phone:
+        outcome = Android(f"android:{phone.serial}", binary).run([job], Settings(runs=0, timeout_s=300))
+    expected = Session(job.model).predict(job.inputs[0][:, 0], quantize=False)
+    np.testing.assert_array_equal(outcome.measurements[0].outputs[0][:, 0], expected)
+
+
+def test_vendor_delegate_goes_along(phone, binary, job, tmp_path):
+    (tmp_path / "libvendor.so").write_bytes(b"\x7fELF")
+    settings = Settings(warmup=1, runs=1, cooldown_s=0, delegate=str(tmp_path / "libvendor.so"))
+    measurement = Android(f"android:{phone.serial}", binary).run([job], settings).measurements[0]
+    assert measurement.delegate == Delegate("libvendor.so", 1, 1)
+    assert is_clean(phone)
+
+
+def test_no_delegate(phone, binary, job):
+    settings = Settings(warmup=1, runs=1, cooldown_s=0, delegate="none")
+    measurement = Android(f"android:{phone.serial}", binary).run([job], settings).measurements[0]
+    assert measurement.delegate is None and measurement.details["delegation"] is None
+
+
 def test_the_only_device_needs_no_serial(phone, binary, job, server, monkeypatch):
     monkeypatch.setenv("ANDROID_SERIAL", phone.serial)
     outcome = parse_target("android")
@@ -233,6 +282,26 @@ def test_no_adb(job, server, monkeypatch):
     assert "pip install 'mobileqat[android]'" in str(refusal(Android("android"), [job]))
 
 
+def write_adb(folder, body, monkeypatch):
+    """An adb in an SDK; a script in the place of the real one."""
+    path = folder / "platform-tools" / "adb"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("ANDROID_SDK_ROOT", str(folder))
+
+
+def test_adb_that_hangs(tmp_path, job, server, monkeypatch):
+    write_adb(tmp_path, "exec /bin/sleep 100", monkeypatch)
+    error = refusal(Android("android:any"), [job], Settings(timeout_s=1))
+    assert "adb devices was stopped after" in str(error)
+
+
+def test_server_that_cannot_start(tmp_path, job, server, monkeypatch):
+    write_adb(tmp_path, "echo 'error: cannot connect to daemon' >&2; exit 1", monkeypatch)
+    assert "adb's server cannot be reached: error: cannot connect to daemon" in str(refusal(Android("android"), [job]))
+
+
 def test_the_sdk_has_an_adb(tmp_path, server, monkeypatch):
     (tmp_path / "platform-tools").mkdir()
     (tmp_path / "platform-tools/adb").symlink_to(server)
@@ -304,8 +373,13 @@ def test_corrupted_push(phone, job, binary):
     assert is_clean(phone)
 
 
-def test_device_that_dies_in_mid_run_keeps_what_was_measured(phone, model, job, binary):
-    """The third measurement kills it: two rounds are kept."""
+@pytest.mark.parametrize("lies", [False, True])
+def test_device_that_dies_in_mid_run_keeps_what_was_measured(
+    phone, model, job, binary, server, tmp_path, monkeypatch, lies
+):
+    """The third measurement kills it: two rounds are kept.  Old versions of adb exit with 0 then."""
+    if lies:
+        write_adb(tmp_path, f'{server} "$@"; exit 0', monkeypatch)
     phone.faults.die_on, phone.faults.die_at, phone.faults.after_bytes = "./benchmark_model", 3, 100
     job = Job("dense", model, job.inputs, wants_outputs=False)
     error = refusal(Android(f"android:{phone.serial}", binary), [job])
@@ -417,13 +491,21 @@ def test_outputs_of_another_size(job):
 # --- the app
 
 
-def test_apk(phone, model, job, tmp_path):
-    (tmp_path / "app.apk").write_bytes(b"PK")
-    (phone.root / "installed").write_text("package:org.tensorflow.lite.benchmark\n")
+def test_apk(phone, job):
+    (phone.root / "installed").write_text(INSTALLED)
     outcome = Android(f"android:{phone.serial}", "apk").run([job], SETTINGS)
     assert len(outcome.measurements[0].costs) == 3 and not outcome.measurements[0].outputs
     assert outcome.runtime_version == "APK"
     assert [warning for warning in outcome.warnings if "hands no outputs out" in warning]
+    assert is_clean(phone)
+
+
+def test_apk_that_is_pushed(phone, job, tmp_path):
+    (tmp_path / "app.apk").write_bytes(b"PK")
+    target = Android(f"android:{phone.serial}", str(tmp_path / "app.apk"))
+    assert not target.computes
+    outcome = target.run([Job("dense", job.model, job.inputs, wants_outputs=False)], SETTINGS)
+    assert outcome.runtime_version.startswith("sha256:") and len(outcome.measurements[0].costs) == 3
     assert is_clean(phone)
 
 
@@ -433,7 +515,7 @@ def test_apk_that_is_not_installed(phone, job):
 
 
 def test_apk_that_crashes(phone, job):
-    (phone.root / "installed").write_text("package:org.tensorflow.lite.benchmark\n")
+    (phone.root / "installed").write_text(INSTALLED)
     phone.program = ["/bin/sh", "-c", "echo 'FATAL EXCEPTION: main'"]
     assert "the app crashed" in str(refusal(Android(f"android:{phone.serial}", "apk"), [job]))
 

@@ -53,10 +53,21 @@ class Android:
             the environment's MOBILEQAT_BENCHMARK_MODEL, else the cached or downloaded program for the device.
     """
 
+    has_profiler = True
+
     def __init__(self, name: str, program: str | None = None) -> None:
         self.name = name
         self.serial = name.partition(":")[2] or os.environ.get("ANDROID_SERIAL") or None
         self.program = program or os.environ.get(PATH_VARIABLE) or None
+
+    @property
+    def _is_app(self) -> bool:
+        return self.program is not None and (self.program == "apk" or self.program.endswith(".apk"))
+
+    @property
+    def computes(self) -> bool:
+        """Whether outputs can be had: an app may not write them where adb can read."""
+        return not self._is_app
 
     def run(self, jobs: Sequence[Job], settings: Settings) -> Outcome:
         """Runs all jobs; see `Target.run`.
@@ -99,21 +110,24 @@ class Android:
 
     def _check_program(self, abis: Sequence[str]) -> Check:
         what = "benchmark_model"
+        if self.program == "apk":
+            return Check(what, "the installed app")
+        if self.program:
+            fix = f"set {PATH_VARIABLE} to a file that exists, or unset it"
+            return Check(what, self.program) if Path(self.program).exists() else Check(what, None, fix)
         try:
-            if self.program == "apk":
-                return Check(what, "the installed APK")
-            path = Path(self.program) if self.program else cached_path(abis)
+            path = cached_path(abis)
         except DeviceError as error:
             return Check(what, None, str(error))
         if path.exists():
             return Check(what, str(path))
-        return Check(what, None, f"export {PATH_VARIABLE}=PATH" if self.program else download_command(path))
+        return Check(f"{what} (else the first run downloads it)", None, download_command(path), is_needed=False)
 
     def _program(self, adb: Adb, settings: Settings) -> Program:
         """The program that measures, ready to be pushed."""
         identity = identify(adb)
         cores = select_cores(read_state(adb).cores, settings.cpus) if settings.cpus else ()
-        if self.program == "apk" or (self.program or "").endswith(".apk"):
+        if self._is_app:
             return Apk(adb, identity, None if self.program == "apk" else Path(str(self.program)), cores)
         return Executable(adb, identity, find_binary(identity.abis, self.program, adb.deadline), cores)
 
@@ -231,7 +245,7 @@ class _Session:
             # What started between the listing and the killing is met by the second pass.
             adb.checked(f"{kill}rm -rf {self.folder}\n{kill}rmdir {HOME} 2>/dev/null\ntrue", "cleaning up")
         except DeviceError:
-            return f" {self.folder} could not be removed from the device: the next run does that after a day."
+            return f" {self.folder} could not be removed from the device: a run from tomorrow on does that."
         return ""
 
     def outcome(self) -> Outcome:
