@@ -30,11 +30,15 @@ folder=$(mktemp -d)
 export ANDROID_AVD_HOME=$folder
 emulator_pid=""
 
+is_running() {
+  [[ -n $emulator_pid ]] && kill -0 "$emulator_pid" 2>/dev/null
+}
+
 clean_up() {
-  timeout 20 adb -s "$ANDROID_SERIAL" emu kill >/dev/null 2>&1 || true
-  if [[ -n $emulator_pid ]]; then
+  if is_running; then
+    timeout 20 adb -s "$ANDROID_SERIAL" emu kill >/dev/null 2>&1 || true
     for _ in $(seq 30); do
-      kill -0 "$emulator_pid" 2>/dev/null || break
+      is_running || break
       sleep 1
     done
     kill -9 "$emulator_pid" 2>/dev/null || true
@@ -56,10 +60,14 @@ emulator -avd mobileqat -port $port -no-window -no-audio -no-boot-anim -no-snaps
   >"$folder/emulator.log" 2>&1 &
 emulator_pid=$!
 
+has_booted() {
+  [[ $(timeout 10 adb -s "$ANDROID_SERIAL" shell getprop sys.boot_completed 2>/dev/null | tr -d '\r') == 1 ]]
+}
+
 # `adb wait-for-device` has no time limit, so the property is polled.
 end=$((SECONDS + ${BOOT_SECONDS:-300}))
-until [[ $(timeout 10 adb -s "$ANDROID_SERIAL" shell getprop sys.boot_completed 2>/dev/null | tr -d '\r') == 1 ]]; do
-  if ! kill -0 "$emulator_pid" 2>/dev/null || ((SECONDS > end)); then
+until is_running && has_booted; do
+  if ! is_running || ((SECONDS > end)); then
     echo "The emulator did not boot:" >&2
     tail -n 20 "$folder/emulator.log" >&2
     exit 1

@@ -226,7 +226,7 @@ def test_waits_for_the_temperature_and_says_when_it_stays(phone, binary, model, 
     phone.say("thermalservice", "#!/bin/sh\n" + HEATING.format(counter=counter))
     job = Job("dense", model, job.inputs, wants_outputs=False)
     target = Android(f"android:{phone.serial}", binary)
-    cooled = target.run([job], Settings(warmup=0, runs=1, cooldown_s=20))
+    cooled = target.run([job], Settings(warmup=0, runs=1, cooldown_s=5))
     # 30 degrees at the start, then 45, 40, 35 and 30 again.
     assert cooled.device["temperature_c"][0] == 30 and counter.read_text().count("x") >= 5
     assert not [warning for warning in cooled.warnings if "cool down" in warning]
@@ -319,7 +319,7 @@ def test_unauthorized_device(phone, job, binary, monkeypatch):
     monkeypatch.setattr(adb, "SETTLE_S", 0.5)
     phone.faults.never_authorizes = True
     error = refusal(Android(f"android:{phone.serial}", binary), [job])
-    assert "unauthorized" in str(error) and "accept 'Allow USB debugging?'" in str(error)
+    assert "authoriz" in str(error) and "accept 'Allow USB debugging?'" in str(error)
 
 
 def test_offline_device(phone, job, binary, monkeypatch):
