@@ -56,6 +56,10 @@ trap 'exit 143' TERM
 }
 echo no | avdmanager --silent create avd --force --name mobileqat --package "$image" --path "$folder/mobileqat.avd"
 
+if timeout 20 adb devices | grep -q "^$ANDROID_SERIAL"; then
+  echo "$ANDROID_SERIAL runs already, and is not ours: end it with: adb -s $ANDROID_SERIAL emu kill" >&2
+  exit 1
+fi
 emulator -avd mobileqat -port $port -no-window -no-audio -no-boot-anim -no-snapshot -gpu swiftshader_indirect \
   >"$folder/emulator.log" 2>&1 &
 emulator_pid=$!

@@ -22,7 +22,8 @@ import pytest
 
 from mobileqat import flatbuffer
 from mobileqat.bench import adb, android_state, benchmark_binary
-from mobileqat.bench.android import Android, read_outputs
+from mobileqat.bench.android import Android
+from mobileqat.bench.android_session import read_outputs
 from mobileqat.bench.measure import measure
 from mobileqat.bench.record import Delegate, Job, Settings
 from mobileqat.bench.targets import parse_target
@@ -229,11 +230,11 @@ def test_waits_for_the_temperature_and_says_when_it_stays(phone, binary, model, 
     cooled = target.run([job], Settings(warmup=0, runs=1, cooldown_s=5))
     # 30 degrees at the start, then 45, 40, 35 and 30 again.
     assert cooled.device["temperature_c"][0] == 30 and counter.read_text().count("x") >= 5
-    assert not [warning for warning in cooled.warnings if "cool down" in warning]
+    assert not [warning for warning in cooled.warnings if "warmer" in warning]
 
     counter.unlink()
     warm = target.run([job], Settings(warmup=0, runs=1, cooldown_s=0))
-    assert [warning for warning in warm.warnings if "did not cool down to the 30.0 degrees" in warning]
+    assert [warning for warning in warm.warnings if "stayed warmer than the 30.0 degrees" in warning]
 
 
 def test_a_server_killed_between_commands_comes_back(phone, binary, job, server):
@@ -270,6 +271,8 @@ def test_check_says_what_to_do(server, monkeypatch):
     assert "Android Debug Bridge" in program.found
     assert device.found is None and "adb devices -l" in device.fix
     assert binary.found is None and binary.fix.startswith("curl ") and "android_aarch64_benchmark_model" in binary.fix
+    assert "adb install" in Android("android:nobody", "apk").check()[2].fix
+    assert "set MOBILEQAT_BENCHMARK_MODEL to a file that exists" in Android("android:nobody", "/nowhere").check()[2].fix
     monkeypatch.setattr(adb.importlib.util, "find_spec", lambda name: None)
     assert Android("android").check()[0].fix == "pip install 'mobileqat[android]'"
 

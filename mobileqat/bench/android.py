@@ -1,47 +1,20 @@
-"""The target `android[:SERIAL]`: a phone or an emulator over adb, measured by TensorFlow Lite's own `benchmark_model`.
-
-Files, inputs and the program go to a folder of their own on the device, which is removed whatever happens; anything
-that still runs from it is killed.  Outputs come from one invocation per sample, costs from rounds in which the files
-take turns, a process each: a round's cost is its median, or its mean where the program prints no percentiles.
-"""
+"""The target `android[:SERIAL]`: a phone or an emulator over adb, measured by LiteRT's own `benchmark_model`."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-import secrets
-import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
 
 from mobileqat.bench import adb as adb_module
 from mobileqat.bench.adb import Adb, Deadline, find_adb, list_devices, open_device
-from mobileqat.bench.android_programs import Apk, Executable, Program
-from mobileqat.bench.android_state import State, identify, read_state, select_cores, warnings_of
+from mobileqat.bench.android_programs import INSTALL_APP, Apk, Executable, Program, is_installed
+from mobileqat.bench.android_session import Session
+from mobileqat.bench.android_state import identify, read_state, select_cores
 from mobileqat.bench.benchmark_binary import PATH_VARIABLE, cached_path, download_command, find_binary
-from mobileqat.bench.benchmark_model import Parsed, parse
 from mobileqat.bench.child import run_command
-from mobileqat.bench.record import Check, Job, Measurement, Outcome, Settings
-from mobileqat.bench.statistics import summarize
+from mobileqat.bench.record import Check, Job, Outcome, Settings
 from mobileqat.errors import DeviceError
-
-HOME = "/data/local/tmp/mobileqat"
-ROUNDS = 10
-WARMER_C = 2.0  # how much warmer than at the start is "back"
-WIDEST_SPREAD = 0.25  # (largest - smallest) / median of a file's rounds
-CLEANUP_S = 20.0
-BUILT_IN = ("xnnpack", "gpu", "none")
-
-_KILL = r"""
-for p in $(ls -ld /proc/[0-9]*/cwd 2>/dev/null | sed -n 's|.*/proc/\([0-9]*\)/cwd -> FOLDER.*|\1|p'); do
-  kill -9 $p 2>/dev/null
-done
-"""
 
 
 class Android:
@@ -77,14 +50,14 @@ class Android:
         """
         deadline = Deadline(settings.timeout_s)
         adb = open_device(self.serial, deadline)
-        session = _Session(adb, self._program(adb, settings), jobs, settings)
+        session = Session(adb, self._program(adb, settings), jobs, settings)
         try:
             try:
                 session.run()
             finally:
-                left = session.clean_up()
+                session.clean_up()
         except DeviceError as error:
-            raise session.explained(error, left) from error
+            raise session.explained(error) from error
         return session.outcome()
 
     def check(self) -> list[Check]:
@@ -94,6 +67,7 @@ class Android:
         except DeviceError:
             return [Check("adb", None, adb_module.INSTALL)]
         abis: Sequence[str] = ("arm64-v8a",)
+        client = None
         try:
             version = run_command([str(adb), "version"], 10, "adb version").stdout.splitlines()
             client = open_device(self.serial, Deadline(10))
@@ -102,16 +76,15 @@ class Android:
             found = ", ".join(f"{d.serial} ({d.state})" for d in _listed(adb)) or None
             device = Check("Android device", None, f"{error} Found: {found}.")
         else:
-            device, abis = (
-                Check("Android device", f"{client.serial}: {identity.name}, {identity.system}"),
-                identity.abis,
-            )
-        return [Check("adb", f"{adb} ({' '.join(version[:2])})"), device, self._check_program(abis)]
+            device = Check("Android device", f"{client.serial}: {identity.name}, {identity.system}")
+            abis = identity.abis
+        return [Check("adb", f"{adb} ({' '.join(version[:2])})"), device, self._check_program(abis, client)]
 
-    def _check_program(self, abis: Sequence[str]) -> Check:
+    def _check_program(self, abis: Sequence[str], client: Adb | None) -> Check:
         what = "benchmark_model"
         if self.program == "apk":
-            return Check(what, "the installed app")
+            is_there = client is not None and is_installed(client)
+            return Check(what, Apk.PACKAGE) if is_there else Check(what, None, INSTALL_APP)
         if self.program:
             fix = f"set {PATH_VARIABLE} to a file that exists, or unset it"
             return Check(what, self.program) if Path(self.program).exists() else Check(what, None, fix)
@@ -132,239 +105,8 @@ class Android:
         return Executable(adb, identity, find_binary(identity.abis, self.program, adb.deadline), cores)
 
 
-@dataclass
-class _Progress:
-    """What is known of one job so far."""
-
-    rounds: list[Parsed] = field(default_factory=list)
-    outputs: tuple[np.ndarray, ...] = ()
-    profiled: Parsed | None = None
-
-
-class _Session:
-    """One folder on the device, from the first push to the clean-up."""
-
-    def __init__(self, adb: Adb, program: Program, jobs: Sequence[Job], settings: Settings) -> None:
-        self.adb, self.program, self.jobs, self.settings = adb, program, jobs, settings
-        self.folder = f"{HOME}/{secrets.token_hex(6)}"
-        self.progress = [_Progress() for _ in jobs]
-        self.states: list[State] = []
-        self.warnings: list[str] = list(program.warnings)
-        self.rounds = min(ROUNDS, settings.runs) if any(job.is_timed for job in jobs) else 0
-
-    def run(self) -> None:
-        """Everything between the push and the clean-up."""
-        self._push()
-        self.states.append(read_state(self.adb))
-        for index, job in enumerate(self.jobs):
-            if job.wants_outputs:
-                self._answer(index)
-        for first in range(self.rounds):
-            self._round(first)
-        for index, job in enumerate(self.jobs):
-            if job.is_timed and self.settings.profile:
-                self.progress[index].profiled = self._measure(index, self._share(runs=self.settings.runs, profile=True))
-        self.states.append(read_state(self.adb))
-
-    def _share(self, runs: int, profile: bool) -> Settings:
-        # Profiling slows every operator down: what it times is never mixed with the latency.
-        delegate = self.settings.delegate if self.settings.delegate in BUILT_IN else "./delegate.so"
-        return dataclasses.replace(self.settings, runs=max(runs, 1), profile=profile, delegate=delegate)
-
-    def _push(self) -> None:
-        """Fills the folder; every file is compared with what was sent."""
-        with tempfile.TemporaryDirectory() as name:
-            stage = Path(name, self.folder.rpartition("/")[2])
-            stage.mkdir()
-            if self.settings.delegate not in BUILT_IN:
-                _copy(Path(self.settings.delegate), stage / "delegate.so")
-            for index, job in enumerate(self.jobs):
-                (stage / f"{index}.tflite").write_bytes(job.model.content)
-                for number, values in enumerate(job.inputs):
-                    (stage / f"{index}.x{number}").write_bytes(values[:1].tobytes())
-                    if job.wants_outputs:
-                        (stage / f"{index}.in{number}").write_bytes(values.tobytes())
-            self.program.stage(stage, self.jobs, self._share(1, False))
-            self.program.push(stage, self.folder)
-
-    def _answer(self, index: int) -> None:
-        content = self.program.answer(self.folder, index, self.jobs[index], self._share(1, False))
-        if content is None:
-            self._warn("The APK hands no outputs out: nothing says that the device computes what the host does.")
-        else:
-            self.progress[index].outputs = read_outputs(self.jobs[index], content)
-
-    def _round(self, first: int) -> None:
-        """One invocation of every timed job, another one first in every round."""
-        self._cool_down()
-        timed = [index for index, job in enumerate(self.jobs) if job.is_timed]
-        share = self._share(math.ceil(self.settings.runs / self.rounds), False)
-        for offset in range(len(timed)):
-            index = timed[(first + offset) % len(timed)]
-            self.progress[index].rounds.append(self._measure(index, share))
-
-    def _measure(self, index: int, settings: Settings) -> Parsed:
-        job = self.jobs[index]
-        text = self.program.measure(self.folder, index, job, settings)
-        try:
-            parsed = parse(text, delegate=settings.delegate)
-        except DeviceError as error:
-            raise DeviceError(f"{job.name}: {error}") from error
-        for warning in parsed.warnings:
-            self._warn(f"benchmark_model: {warning}")
-        return parsed
-
-    def _cool_down(self) -> None:
-        """Waits until the device is no warmer than at the start, no longer than it may."""
-        end = time.monotonic() + min(self.settings.cooldown_s, self.adb.deadline.left() / 2)
-        while True:
-            state = read_state(self.adb)
-            self.states.append(state)
-            start_c = self.states[0].temperature_c
-            too_warm = start_c is not None and (state.temperature_c or 0) > start_c + WARMER_C
-            if not too_warm and not state.thermal_status:
-                return
-            if time.monotonic() > end:
-                self._warn(
-                    f"The device did not cool down to the {start_c} degrees that it had at the start within "
-                    f"{self.settings.cooldown_s:g} s."
-                )
-                return
-            time.sleep(min(1.0, self.settings.cooldown_s / 10))
-
-    def _warn(self, warning: str) -> None:
-        if warning not in self.warnings:
-            self.warnings.append(warning)
-
-    def clean_up(self) -> str:
-        """Kills and removes what is ours on the device; returns what is left there, in words, empty if nothing is."""
-        adb = Adb(self.adb.path, self.adb.serial, Deadline(CLEANUP_S))
-        kill = _KILL.replace("FOLDER", self.folder)
-        try:
-            self.program.stop(adb)
-            # What started between the listing and the killing is met by the second pass.
-            adb.checked(f"{kill}rm -rf {self.folder}\n{kill}rmdir {HOME} 2>/dev/null\ntrue", "cleaning up")
-        except DeviceError:
-            return f" {self.folder} could not be removed from the device: a run from tomorrow on does that."
-        return ""
-
-    def outcome(self) -> Outcome:
-        """What was measured; complete after `run`, partial before."""
-        warnings = [*self.warnings, *warnings_of(self.program.identity, self.states, self.program.cores)]
-        for job, progress in zip(self.jobs, self.progress, strict=True):
-            warnings += _spread_warnings(job, progress)
-        return Outcome(
-            measurements=tuple(_measurement(p, self.settings) for p in self.progress),
-            unit="ms",
-            runtime="benchmark_model",
-            runtime_version=self.program.version,
-            device=self._device(),
-            warnings=tuple(warnings),
-        )
-
-    def _device(self) -> dict:
-        identity, states = self.program.identity, self.states or [State()]
-        used = [core for core in states[0].cores if not self.program.cores or core.index in self.program.cores]
-        return {
-            "name": identity.name,
-            "soc": identity.soc,
-            "abi": identity.abis[0] if identity.abis else "unknown",
-            "system": identity.system,
-            "cores": ",".join(str(core.index) for core in used),
-            "governor": ", ".join(dict.fromkeys(core.governor for core in used)),
-            "temperature_c": (states[0].temperature_c, states[-1].temperature_c),
-            "battery_percent": (states[0].battery_percent, states[-1].battery_percent),
-        }
-
-    def explained(self, error: DeviceError, left: str) -> DeviceError:
-        """The error with what was measured until then and what is left on the device."""
-        parts = [
-            f"{job.name} {len(p.rounds)} of {self.rounds} rounds, median {summarize(_costs(p)).median:.3f} ms"
-            for job, p in zip(self.jobs, self.progress, strict=True)
-            if p.rounds
-        ]
-        until_then = f" Measured until then: {'; '.join(parts)}." if parts else ""
-        explained = DeviceError(f"{error}{until_then}{left}")
-        explained.measured = self.outcome()
-        return explained
-
-
-def read_outputs(job: Job, content: bytes) -> tuple[np.ndarray, ...]:
-    """One raw array [n, *shape] per output of the file, from n times all outputs one after another.
-
-    Raises:
-        DeviceError: not as many bytes as the file's outputs take, or a type that NumPy lacks.
-    """
-    tensors = [job.model.tensors[index] for index in job.model.outputs]
-    count = len(job.inputs[0])
-    try:
-        sizes = [np.dtype(tensor.dtype).itemsize * math.prod(tensor.shape) for tensor in tensors]
-    except TypeError as error:
-        raise DeviceError(f"{job.name}: outputs of this type cannot be read from a device: {error}") from error
-    if len(content) != count * sum(sizes):
-        expected = f"{count} samples of {sum(sizes)} bytes"
-        raise DeviceError(
-            f"{job.name}: the outputs have the wrong size. Expected {expected}, got {len(content)} bytes."
-        )
-    rows = np.frombuffer(content, np.uint8).reshape(count, sum(sizes))
-    ends = np.cumsum(sizes)
-    return tuple(
-        np.ascontiguousarray(rows[:, end - size : end]).view(tensor.dtype).reshape(count, *tensor.shape)
-        for tensor, size, end in zip(tensors, sizes, ends, strict=True)
-    )
-
-
-def _costs(progress: _Progress) -> list[float]:
-    latencies = [parsed.latency_ms for parsed in progress.rounds]
-    return [latency.mean if latency.median is None else latency.median for latency in latencies]
-
-
-def _measurement(progress: _Progress, settings: Settings) -> Measurement:
-    rounds = progress.rounds
-    if not rounds:
-        return Measurement(outputs=progress.outputs)
-    last, peaks = rounds[-1], [parsed.peak_memory_bytes for parsed in rounds]
-    delegate = last.delegate
-    if delegate and settings.delegate not in BUILT_IN:
-        delegate = dataclasses.replace(delegate, name=Path(settings.delegate).name)
-    return Measurement(
-        costs=tuple(_costs(progress)),
-        init_ms=summarize([parsed.init_ms for parsed in rounds]).median,
-        peak_memory_bytes=max((peak for peak in peaks if peak is not None), default=None),
-        outputs=progress.outputs,
-        delegate=delegate,
-        profile=progress.profiled.profile if progress.profiled else (),
-        details={
-            "rounds": len(rounds),
-            "runs_per_round": last.runs,
-            "first_ms": summarize([parsed.first_ms for parsed in rounds]).median,
-            "min_ms": min(parsed.latency_ms.min for parsed in rounds),
-            "max_ms": max(parsed.latency_ms.max for parsed in rounds),
-            "delegation": last.delegation,
-        },
-    )
-
-
-def _spread_warnings(job: Job, progress: _Progress) -> list[str]:
-    if len(progress.rounds) < 2:
-        return []
-    cost = summarize(_costs(progress))
-    spread = (cost.max - cost.min) / cost.median if cost.median else 0.0
-    if spread <= WIDEST_SPREAD:
-        return []
-    return [f"{job.name}: the rounds took {cost.min:.3f} to {cost.max:.3f} ms, a spread of {spread:.0%} of the median."]
-
-
 def _listed(adb: Path) -> list[adb_module.Device]:
     try:
         return list_devices(adb, 10)
     except DeviceError:
         return []
-
-
-def _copy(source: Path, target: Path) -> None:
-    try:
-        target.write_bytes(source.read_bytes())
-    except OSError as error:
-        expected = f"one of {', '.join(BUILT_IN)}, or the path of a delegate's library"
-        raise DeviceError(f"the delegate cannot be read: {error}. Expected {expected}.") from error

@@ -27,6 +27,7 @@ from mobileqat.bench.record import Job, Settings
 from mobileqat.errors import DeviceError
 
 STALE = "find {0} -mindepth 1 -maxdepth 1 -mtime +1 -exec rm -rf {{}} + 2>/dev/null"
+INSTALL_APP = f"curl -fLO {BASE_URL}/android_aarch64_benchmark_model.apk && adb install -r -d -g android_*.apk"
 _STOPPED = (124, 137, 143)  # what different versions of `timeout` exit with, and a shell after kill -9 or -15
 
 # Samples lie one after another in a file per input; the program takes one sample per process.
@@ -160,11 +161,8 @@ class Apk:
         if package:
             self.version = _hash_of(package)
             adb.install(package, adb.deadline.left())
-        if f"package:{self.PACKAGE}" not in adb.shell(f"pm list packages {self.PACKAGE}", "asking for the APK").output:
-            url = f"{BASE_URL}/android_aarch64_benchmark_model.apk"
-            raise DeviceError(
-                f"the app {self.PACKAGE} is not installed. Run: curl -fLO {url} && adb install -r -d -g *.apk"
-            )
+        if not is_installed(adb):
+            raise DeviceError(f"the app {self.PACKAGE} is not installed. Run: {INSTALL_APP}")
 
     def stage(self, stage: Path, jobs: Sequence[Job], settings: Settings) -> None:
         """Nothing: the app is installed."""
@@ -207,6 +205,12 @@ class Apk:
                 return text
             previous = text
             time.sleep(0.5)
+
+
+def is_installed(adb: Adb) -> bool:
+    """Whether the benchmark app is on the device."""
+    listed = adb.shell(f"pm list packages {Apk.PACKAGE}", "asking for the benchmark app").output
+    return f"package:{Apk.PACKAGE}" in listed.split()
 
 
 def push_folder(adb: Adb, stage: Path, folder: str) -> None:
