@@ -3,7 +3,7 @@
 It speaks the documented wire protocol (messages CNXN, AUTH, OPEN, OKAY, WRTE, CLSE; services shell, shell v2, exec and
 sync with STAT, LST2, SEND and RECV), so the real adb client drives it.  The device's /data and /sys are folders below
 `root`: their names are replaced in commands, not in what programs read.  Programs are the host's, and small scripts for
-what only Android has; a pushed ELF program for arm64 is run by `program` in its place.
+what only Android has; in the place of a pushed ELF program `program` is run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import shlex
 import signal
 import struct
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +34,7 @@ PROPERTIES = {
     "sys.boot_completed": "1",
 }
 CLOCKS_KHZ = (1800000, 1800000, 2400000, 2800000)
+MACHINES = (40, 62, 183)  # ELF's numbers of 32-bit ARM, x86-64 and 64-bit ARM
 MAX_PAYLOAD = 256 * 1024
 VERSION = 0x01000001  # from this version on the checksums are not checked
 
@@ -51,7 +52,7 @@ class Faults:
         reboots: it comes back after that, not yet booted.
         room_bytes: how much can be pushed before the storage is full.
         corrupts: the last byte of a pushed file changes on its way.
-        kill_server_on: called when such a command comes.
+        call_on: a text and what is called when a command with it comes.
     """
 
     never_authorizes: bool = False
@@ -63,7 +64,7 @@ class Faults:
     reboots: bool = False
     room_bytes: int | None = None
     corrupts: bool = False
-    kill_server_on: tuple[str, object] | None = None
+    call_on: tuple[str, Callable[[], None]] | None = None
 
 
 class Phone:
@@ -71,7 +72,7 @@ class Phone:
 
     Args:
         root: an empty folder for its storage.
-        program: the command line that stands in for arm64 programs.
+        program: the command line that stands in for pushed programs.
         features: what the device tells the client that it can do.
         environment: more variables for its programs.
     """
@@ -139,7 +140,7 @@ class Phone:
 
     @property
     def program(self) -> list[str]:
-        """What runs in the place of arm64 programs; the app runs it too."""
+        """What runs in the place of pushed programs; the app runs it too."""
         return self._program
 
     @program.setter
@@ -200,9 +201,9 @@ class Phone:
         return original if original.exists() else path
 
     def arrived(self, path: Path) -> None:
-        """Puts the stand-in where an arm64 program was pushed."""
+        """Puts the stand-in where a program was pushed."""
         head = path.read_bytes()[:20]
-        if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") == 183:
+        if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") in MACHINES:
             path.rename(path.with_name(f".elf-{path.name}"))
             path.write_text(f'#!/bin/sh\nexec {shlex.quote(str(self.root / "program"))} "$@"\n')
 
@@ -376,8 +377,8 @@ class _Connection:
     async def _shell(self, stream: _Stream, command: str, is_v2: bool) -> None:
         phone, faults = self.phone, self.phone.faults
         phone.commands.append(command)
-        if faults.kill_server_on and faults.kill_server_on[0] in command:
-            faults.kill_server_on[1]()
+        if faults.call_on and faults.call_on[0] in command:
+            faults.call_on[1]()
         if faults.hang_on and faults.hang_on in command:
             command = "exec sleep 1000"
         process = await asyncio.create_subprocess_exec(

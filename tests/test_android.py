@@ -216,10 +216,18 @@ def test_a_device_may_lack_tools(phone, binary, job, missing):
     assert len(measurement.outputs[0]) == 3 and not measurement.costs
 
 
-def test_an_emulator_is_called_one(phone, binary, job):
-    phone.set_property("ro.hardware", "ranchu")
-    outcome = Android(f"android:{phone.serial}", binary).run([job], Settings(runs=0))
-    assert "The latency of an emulator is not representative of a phone." in outcome.warnings
+def test_an_emulator_is_called_one(phone, tmp_path, job):
+    """An x86-64 one, with a program built for it."""
+    for key, value in (
+        ("ro.hardware", "ranchu"),
+        ("ro.product.cpu.abi", "x86_64"),
+        ("ro.product.cpu.abilist", "x86_64"),
+    ):
+        phone.set_property(key, value)
+    program = write_program(tmp_path / "benchmark_model", machine=62)
+    outcome = Android(f"android:{phone.serial}", str(program)).run([job], Settings(runs=0))
+    assert outcome.warnings == ("The latency of an emulator is not representative of a phone.",)
+    assert outcome.device["abi"] == "x86_64" and len(outcome.measurements[0].outputs[0]) == 3
 
 
 def test_waits_for_the_temperature_and_says_when_it_stays(phone, binary, model, job):
@@ -420,16 +428,34 @@ def test_server_killed_in_mid_command(phone, job, binary, server):
     def kill():
         subprocess.run([server, "kill-server"], capture_output=True, check=True, timeout=30)
 
-    phone.faults.kill_server_on = ("./benchmark_model", lambda: threading.Thread(target=kill).start())
+    phone.faults.call_on = ("./benchmark_model", lambda: threading.Thread(target=kill).start())
     phone.program = ["/bin/sh", "-c", "sleep 5"]
     error = refusal(Android(f"android:{phone.serial}", binary), [Job("dense", job.model, job.inputs, False)])
     assert "broke" in str(error) or "went away" in str(error)
     assert is_clean(phone)
 
 
+def test_killed_client(phone, job, binary):
+    def kill():
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if phone.serial.encode() in words and b"shell" in words:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+    phone.faults.call_on = ("./benchmark_model", kill)
+    phone.program = HANG
+    error = refusal(Android(f"android:{phone.serial}", binary), [Job("dense", job.model, job.inputs, False)])
+    assert "broke or the command was killed" in str(error)
+    assert is_clean(phone)
+
+
 @pytest.mark.parametrize(
     ("script", "said"),
     [
+        ("kill -KILL $$", "killed benchmark_model, as it does when memory is short"),
         ("kill -SEGV $$", "exit code 139"),
         ("echo 'ERROR: Failed to load model 0.tflite'; exit 1", "cannot load the file"),
         ("echo 'INFO: STARTING!'; exit 0", "is cut off"),

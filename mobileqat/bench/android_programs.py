@@ -22,13 +22,14 @@ from typing import Protocol
 from mobileqat.bench.adb import ANSWER_S, Adb, Result
 from mobileqat.bench.android_state import Identity, core_mask
 from mobileqat.bench.benchmark_binary import BASE_URL, Binary
-from mobileqat.bench.benchmark_model import command, parse
+from mobileqat.bench.benchmark_model import Parsed, command, parse
 from mobileqat.bench.record import Job, Settings
 from mobileqat.errors import DeviceError
 
 STALE = "find {0} -mindepth 1 -maxdepth 1 -mtime +1 -exec rm -rf {{}} + 2>/dev/null"
 INSTALL_APP = f"curl -fLO {BASE_URL}/android_aarch64_benchmark_model.apk && adb install -r -d -g android_*.apk"
-_STOPPED = (124, 137, 143)  # what different versions of `timeout` exit with, and a shell after kill -9 or -15
+_STOPPED = (124, 143)  # what different versions of `timeout` exit with
+_KILLED = 137
 
 # Samples lie one after another in a file per input; the program takes one sample per process.
 _LOOP = """i=0; rm -f {index}.out
@@ -96,7 +97,7 @@ class Executable:
 
     def answer(self, folder: str, index: int, job: Job, settings: Settings) -> bytes | None:
         result = self._shell(f"cd {folder} && sh {index}.sh {self._seconds()}", job.name)
-        parse(result.output, delegate=settings.delegate)
+        parse_output(job.name, result.output, settings.delegate)
         with tempfile.TemporaryDirectory() as name:
             target = Path(name, "outputs")
             self.adb.pull(f"{folder}/{index}.out", target, self.adb.deadline.left())
@@ -137,11 +138,10 @@ class Executable:
         result = self.adb.shell(script, what, self.adb.deadline.left())
         if result.code in _STOPPED:
             raise DeviceError(f"{what}: benchmark_model was stopped on the device (exit code {result.code}): too slow.")
+        if result.code == _KILLED:
+            raise DeviceError(f"{what}: the device killed benchmark_model, as it does when memory is short.")
         if result.code:
-            try:
-                parse(result.output)
-            except DeviceError as error:
-                raise DeviceError(f"{what}: {error} (exit code {result.code})") from error
+            parse_output(f"{what} (exit code {result.code})", result.output, None)
             raise DeviceError(f"{what}: benchmark_model ended with exit code {result.code}.")
         return result
 
@@ -205,6 +205,14 @@ class Apk:
                 return text
             previous = text
             time.sleep(0.5)
+
+
+def parse_output(what: str, text: str, delegate: str | None) -> Parsed:
+    """`benchmark_model.parse`; its errors say what was run."""
+    try:
+        return parse(text, delegate=delegate)
+    except DeviceError as error:
+        raise DeviceError(f"{what}: {error}") from error
 
 
 def is_installed(adb: Adb) -> bool:

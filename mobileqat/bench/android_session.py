@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from mobileqat.bench.adb import Adb, Deadline
-from mobileqat.bench.android_programs import Program
+from mobileqat.bench.android_programs import Program, parse_output
 from mobileqat.bench.android_state import State, read_state, warnings_of
-from mobileqat.bench.benchmark_model import Parsed, parse
+from mobileqat.bench.benchmark_model import Parsed
 from mobileqat.bench.record import Job, Measurement, Outcome, Settings
 from mobileqat.bench.statistics import summarize
 from mobileqat.errors import DeviceError
@@ -117,10 +117,7 @@ class Session:
     def _measure(self, index: int, settings: Settings) -> Parsed:
         job = self.jobs[index]
         text = self.program.measure(self.folder, index, job, settings)
-        try:
-            parsed = parse(text, delegate=settings.delegate)
-        except DeviceError as error:
-            raise DeviceError(f"{job.name}: {error}") from error
+        parsed = parse_output(job.name, text, settings.delegate)
         for warning in parsed.warnings:
             self._warn(f"benchmark_model: {warning}")
         return parsed
