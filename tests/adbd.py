@@ -149,8 +149,15 @@ class Phone:
         (self.root / "program").write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         (self.root / "program").chmod(0o755)
 
+    def add_tool(self, name: str, script: str) -> None:
+        """Puts a shell script where the device's programs are."""
+        self.remove_tool(name)
+        path = self.root / "system/bin" / name
+        path.write_text(f"#!/bin/sh\n{script}\n")
+        path.chmod(0o755)
+
     def remove_tool(self, name: str) -> None:
-        (self.root / "system/bin" / name).unlink()
+        (self.root / "system/bin" / name).unlink(missing_ok=True)
 
     # --- the inside
 
@@ -231,27 +238,22 @@ class Phone:
                 (folder / name).write_text(f"{value}\n")
         root, log = shlex.quote(str(self.root)), shlex.quote(str(self.root / "logcat"))
         stamp = "11-21 10:00:00.000  7651  7651 I"
-        self._script("getprop", f'cat {root}/props/"$1" 2>/dev/null || echo')
-        self._script("dumpsys", f'f={root}/dumpsys/$1; [ -x "$f" ] && exec "$f"; cat "$f"')
-        self._script("taskset", f'echo "$1" >>{root}/masks; shift; exec "$@"')
-        self._script("log", f'echo "{stamp} $2: $3" >>{log}')
-        self._script("logcat", f"cat {log}")
-        self._script(
+        self.add_tool("getprop", f'cat {root}/props/"$1" 2>/dev/null || echo')
+        self.add_tool("dumpsys", f'f={root}/dumpsys/$1; [ -x "$f" ] && exec "$f"; cat "$f"')
+        self.add_tool("taskset", f'echo "$1" >>{root}/masks; shift; exec "$@"')
+        self.add_tool("log", f'echo "{stamp} $2: $3" >>{log}')
+        self.add_tool("logcat", f"cat {log}")
+        self.add_tool(
             "am",
             f"[ $1 = start ] || exit 0; for a; do :; done; set -f; {root}/program $a 2>&1 "
             f'| sed "s/^/{stamp} tflite  : /" >>{log}',
         )
         name = "package:org.tensorflow.lite.benchmark"
         install = f"echo {name} >{root}/installed; echo Success"
-        self._script("pm", f"case $1 in install) {install};; list) cat {root}/installed;; esac")
+        self.add_tool("pm", f"case $1 in install) {install};; list) cat {root}/installed;; esac")
         for name in ("sha256sum", "md5sum"):
             loop = f'g=$f; [ -e ".elf-$f" ] && g=".elf-$f"; /usr/bin/{name} <"$g" | sed "s|-|$f|"'
-            self._script(name, f"for f; do {loop}; done")
-
-    def _script(self, name: str, body: str) -> None:
-        path = self.root / "system/bin" / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
+            self.add_tool(name, f"for f; do {loop}; done")
 
 
 class _Stream:

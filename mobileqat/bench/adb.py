@@ -69,7 +69,7 @@ class Deadline:
         """
         left = self._end - time.monotonic()
         if left <= 0:
-            raise DeviceError(f"measuring was stopped, the {self.seconds:g} s that it may take are over.")
+            raise DeviceError(f"Measuring was stopped, the {self.seconds:g} s that it may take are over.")
         return min(left, at_most)
 
 
@@ -191,15 +191,15 @@ class Adb:
         Raises:
             DeviceError: no room, the device went away, or it takes too long.
         """
-        self._copy(["push", str(source), remote], f"copying {source.name} to the device", timeout_s)
+        self._copy(["push", str(source), remote], f"Copying {source.name} to the device", timeout_s)
 
     def pull(self, remote: str, target: Path, timeout_s: float) -> None:
         """Copies a file from the device; errors as for `push`."""
-        self._copy(["pull", remote, str(target)], f"fetching {remote.rpartition('/')[2]} from the device", timeout_s)
+        self._copy(["pull", remote, str(target)], f"Fetching {remote.rpartition('/')[2]} from the device", timeout_s)
 
     def install(self, package: Path, timeout_s: float) -> None:
         """Installs an APK; errors as for `push`."""
-        self._copy(["install", "-r", "-d", "-g", str(package)], f"installing {package.name}", timeout_s)
+        self._copy(["install", "-r", "-d", "-g", str(package)], f"Installing {package.name}", timeout_s)
 
     def _copy(self, arguments: Sequence[str], what: str, timeout_s: float) -> None:
         done = self._run(arguments, what, timeout_s)
@@ -235,7 +235,7 @@ class Adb:
         try:
             state = self.state()
         except DeviceError as error:
-            return f"the connection to {self.serial} broke, and {error}"
+            return f"the connection to {self.serial} broke. {error}"
         if state == "device":
             return f"the connection to {self.serial} broke or the command was killed: {_brief(text)}"
         return f"{self.serial} went away (it is {state} now): {REMEDIES.get(state, 'wait until it is back')}."
@@ -252,16 +252,16 @@ def _choose(devices: Sequence[Device], serial: str | None) -> Device | None:
     usable = [device for device in devices if device.state == "device"] or list(devices)
     if len(usable) > 1:
         serials = ", ".join(f"android:{device.serial}" for device in usable)
-        raise DeviceError(f"several devices are connected. Expected one of: {serials}.")
+        raise DeviceError(f"Several devices are connected. Expected one of: {serials}.")
     return usable[0] if usable else None
 
 
 def _refusal(device: Device | None, serial: str | None) -> str:
     if device is None:
-        what = f"the Android device {serial} is not connected" if serial else "no Android device is connected"
+        what = f"The Android device {serial} is not connected" if serial else "No Android device is connected"
         return f"{what}: {REMEDIES['missing']}."
     remedy = REMEDIES.get(device.state, "start Android on it")
-    return f"the Android device {device.serial} cannot be used, it is '{device.state}': {remedy}."
+    return f"The Android device {device.serial} cannot be used, it is '{device.state}': {remedy}."
 
 
 def _brief(text: str, limit: int = 300) -> str:

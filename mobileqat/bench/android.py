@@ -73,8 +73,8 @@ class Android:
             client = open_device(self.serial, Deadline(10))
             identity = identify(client)
         except DeviceError as error:
-            found = ", ".join(f"{d.serial} ({d.state})" for d in _listed(adb)) or None
-            device = Check("Android device", None, f"{error} Found: {found}.")
+            listed = ", ".join(f"{device.serial} ({device.state})" for device in _listed(adb))
+            device = Check("Android device", None, f"{error} Connected: {listed or 'none'}.")
         else:
             device = Check("Android device", f"{client.serial}: {identity.name}, {identity.system}")
             abis = identity.abis

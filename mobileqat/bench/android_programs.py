@@ -75,14 +75,14 @@ class Executable:
 
     def __init__(self, adb: Adb, identity: Identity, binary: Binary, cores: tuple[int, ...]) -> None:
         self.adb, self.identity, self.binary, self.cores = adb, identity, binary, cores
-        self.version = f"sha256:{binary.sha256}"
+        self.version = f"sha256:{binary.sha256[:16]}"
         self.warnings = binary.warnings
         listing = adb.shell(
-            "for t in timeout taskset; do command -v $t; done", "looking for timeout and taskset"
+            "for t in timeout taskset; do command -v $t; done", "Looking for timeout and taskset"
         ).output
         self._tools = {line.rpartition("/")[2] for line in listing.split()}
         if cores and "taskset" not in self._tools:
-            raise DeviceError(f"the device has no taskset, so cores cannot be chosen. Received: {len(cores)} cores.")
+            raise DeviceError(f"The device has no taskset, so cores cannot be chosen. Received: {len(cores)} cores.")
 
     def stage(self, stage: Path, jobs: Sequence[Job], settings: Settings) -> None:
         shutil.copyfile(self.binary.path, stage / "benchmark_model")
@@ -93,7 +93,7 @@ class Executable:
 
     def push(self, stage: Path, folder: str) -> None:
         push_folder(self.adb, stage, folder)
-        self.adb.checked(f"chmod 755 {folder}/benchmark_model", "making benchmark_model executable")
+        self.adb.checked(f"chmod 755 {folder}/benchmark_model", "Making benchmark_model executable")
 
     def answer(self, folder: str, index: int, job: Job, settings: Settings) -> bytes | None:
         result = self._shell(f"cd {folder} && sh {index}.sh {self._seconds()}", job.name)
@@ -154,7 +154,7 @@ class Apk:
 
     def __init__(self, adb: Adb, identity: Identity, package: Path | None, cores: tuple[int, ...]) -> None:
         if cores:
-            raise DeviceError("the benchmark APK cannot be pinned to cores: leave them out, or use the executable.")
+            raise DeviceError("The benchmark APK cannot be pinned to cores: leave them out, or use the executable.")
         self.adb, self.identity, self.cores = adb, identity, cores
         self.version = "APK"
         self.warnings: tuple[str, ...] = ()
@@ -162,14 +162,14 @@ class Apk:
             self.version = _hash_of(package)
             adb.install(package, adb.deadline.left())
         if not is_installed(adb):
-            raise DeviceError(f"the app {self.PACKAGE} is not installed. Run: {INSTALL_APP}")
+            raise DeviceError(f"The app {self.PACKAGE} is not installed. Run: {INSTALL_APP}")
 
     def stage(self, stage: Path, jobs: Sequence[Job], settings: Settings) -> None:
         """Nothing: the app is installed."""
 
     def push(self, stage: Path, folder: str) -> None:
         push_folder(self.adb, stage, folder)
-        self.adb.checked(f"chmod 755 {folder} && chmod 644 {folder}/*", "letting the app read the files")
+        self.adb.checked(f"chmod 755 {folder} && chmod 644 {folder}/*", "Letting the app read the files")
 
     def answer(self, folder: str, index: int, job: Job, settings: Settings) -> bytes | None:
         return None  # an app may not write to the folder
@@ -190,7 +190,7 @@ class Apk:
         return self._wait(mark, job.name)
 
     def stop(self, adb: Adb) -> None:
-        adb.shell(f"am force-stop {self.PACKAGE}", "stopping the app")
+        adb.shell(f"am force-stop {self.PACKAGE}", "Stopping the app")
 
     def _wait(self, mark: str, what: str) -> str:
         """The app's log from the mark on, once it holds the timings and nothing more comes."""
@@ -217,7 +217,7 @@ def parse_output(what: str, text: str, delegate: str | None) -> Parsed:
 
 def is_installed(adb: Adb) -> bool:
     """Whether the benchmark app is on the device."""
-    listed = adb.shell(f"pm list packages {Apk.PACKAGE}", "asking for the benchmark app").output
+    listed = adb.shell(f"pm list packages {Apk.PACKAGE}", "Asking for the benchmark app").output
     return f"package:{Apk.PACKAGE}" in listed.split()
 
 
@@ -228,12 +228,12 @@ def push_folder(adb: Adb, stage: Path, folder: str) -> None:
         DeviceError: no room, a file that arrived otherwise, or the device went away.
     """
     parent = folder.rpartition("/")[0]
-    adb.checked(f"mkdir -p {folder}; {STALE.format(parent)}; cd {folder}", "making a folder on the device")
+    adb.checked(f"mkdir -p {folder}; {STALE.format(parent)}; cd {folder}", "Making a folder on the device")
     adb.push(stage, f"{parent}/", adb.deadline.left())  # into a folder that exists: adb adds the name
     summed = adb.shell(
         f"cd {folder} && for t in sha256sum md5sum; do command -v $t >/dev/null 2>&1 || continue; "
         "echo $t; $t *; exit; done; echo none",
-        "comparing the files on the device",
+        "Comparing the files on the device",
         adb.deadline.left(),
     )
     tool, _, listing = summed.output.partition("\n")
@@ -260,9 +260,9 @@ def _sum(path: Path, tool: str) -> str:
 
 def _hash_of(package: Path) -> str:
     try:
-        return f"sha256:{hashlib.sha256(package.read_bytes()).hexdigest()}"
+        return f"sha256:{hashlib.sha256(package.read_bytes()).hexdigest()[:16]}"
     except OSError as error:
-        raise DeviceError(f"the benchmark APK cannot be read: {error}") from error
+        raise DeviceError(f"The benchmark APK cannot be read: {error}") from error
 
 
 def _inputs(job: Job, prefix: str) -> list[tuple[str, tuple[int, ...], str]]:

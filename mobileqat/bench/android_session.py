@@ -153,7 +153,7 @@ class Session:
         try:
             self.program.stop(adb)
             # What started between the listing and the killing is met by the second pass.
-            adb.checked(f"{kill}rm -rf {self.folder}\n{kill}rmdir {HOME} 2>/dev/null\ntrue", "cleaning up")
+            adb.checked(f"{kill}rm -rf {self.folder}\n{kill}rmdir {HOME} 2>/dev/null\ntrue", "Cleaning up")
         except DeviceError:
             self._warn(f"{self.folder} could not be removed from the device: a run from tomorrow on does that.")
             self.is_clean = False
@@ -174,17 +174,20 @@ class Session:
 
     def _device(self) -> dict:
         identity, states = self.program.identity, self.states or [State()]
-        used = [core for core in states[0].cores if not self.program.cores or core.index in self.program.cores]
-        return {
+        first, last, chosen = states[0], states[-1], self.program.cores
+        governors = [core.governor for core in first.cores if not chosen or core.index in chosen]
+        known = {
             "name": identity.name,
             "soc": identity.soc,
-            "abi": identity.abis[0] if identity.abis else "unknown",
+            "abi": identity.abis[0] if identity.abis else None,
             "system": identity.system,
-            "cores": ",".join(str(core.index) for core in used),
-            "governor": ", ".join(dict.fromkeys(core.governor for core in used)),
-            "temperature_c": (states[0].temperature_c, states[-1].temperature_c),
-            "battery_percent": (states[0].battery_percent, states[-1].battery_percent),
+            "cores": len(first.cores) or None,
+            "cpus": ",".join(map(str, chosen)) or None,
+            "governor": ", ".join(dict.fromkeys(governors)) or None,
+            "temperature_c": None if first.temperature_c is None else (first.temperature_c, last.temperature_c),
+            "battery_percent": None if first.battery_percent is None else (first.battery_percent, last.battery_percent),
         }
+        return {key: value for key, value in known.items() if value is not None}
 
     def explained(self, error: DeviceError) -> DeviceError:
         """The error with what was measured until then and what is left on the device."""
@@ -271,4 +274,4 @@ def _copy(source: Path, target: Path) -> None:
         target.write_bytes(source.read_bytes())
     except OSError as error:
         expected = f"one of {', '.join(BUILT_IN)}, or the path of a delegate's library"
-        raise DeviceError(f"the delegate cannot be read: {error}. Expected {expected}.") from error
+        raise DeviceError(f"The delegate cannot be read: {error}. Expected {expected}.") from error

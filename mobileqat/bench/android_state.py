@@ -108,11 +108,11 @@ def identify(adb: Adb) -> Identity:
     Raises:
         DeviceError: it does not answer, or has not finished booting.
     """
-    lines = adb.checked(PROPERTIES, "asking the device what it is").splitlines()
+    lines = adb.checked(PROPERTIES, "Asking the device what it is").splitlines()
     pairs = (line.strip().partition("=") for line in lines)
     properties = {key: value for key, _, value in pairs if value}
     if properties.get("sys.boot_completed") != "1":
-        raise DeviceError(f"the Android device {adb.serial} is still booting: wait until its home screen is there.")
+        raise DeviceError(f"The Android device {adb.serial} is still booting: wait until its home screen is there.")
     return Identity(adb.serial, properties)
 
 
@@ -122,7 +122,7 @@ def read_state(adb: Adb) -> State:
     Raises:
         DeviceError: it does not answer.
     """
-    return parse_state(adb.shell(STATE, "asking the device for its temperature").output)
+    return parse_state(adb.shell(STATE, "Asking the device for its temperature").output)
 
 
 def parse_state(text: str) -> State:
@@ -196,7 +196,7 @@ def select_cores(cores: Sequence[Core], cpus: str) -> tuple[int, ...]:
     if cpus in ("big", "little"):
         clocks = {core.max_khz for core in online}
         if not clocks or 0 in clocks:
-            raise DeviceError(f"the device hides its cores' clocks: give a list such as 4-7 in place of '{cpus}'.")
+            raise DeviceError(f"The device hides its cores' clocks: give a list such as 4-7 in place of '{cpus}'.")
         slowest = min(clocks)
         wanted = [core.index for core in online if len(clocks) == 1 or (core.max_khz == slowest) == (cpus == "little")]
         return tuple(wanted)
@@ -207,7 +207,7 @@ def select_cores(cores: Sequence[Core], cpus: str) -> tuple[int, ...]:
     missing = set(chosen) - {core.index for core in online}
     if missing or not chosen:
         there = [core.index for core in online]
-        raise DeviceError(f"the device has no cores {sorted(missing)} online. Expected some of {there}, got '{cpus}'.")
+        raise DeviceError(f"The device has no cores {sorted(missing)} online. Expected some of {there}, got '{cpus}'.")
     return chosen
 
 

@@ -3,7 +3,7 @@
 The official builds are nightly ones under a fixed address, so no checksum can be written down here.  What is decided:
 the first download over https is trusted and its sha256 kept beside it; from then on the cached file is used only while
 it has that sha256, and is never replaced by itself.  MOBILEQAT_BENCHMARK_MODEL_SHA256 pins a build of one's own choice,
-and every measurement names the sha256 of the program that made it.
+and every measurement names the first digits of the sha256 of the program that made it.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def cached_path(abis: Sequence[str]) -> Path:
             return cache_folder() / "benchmark_model" / PUBLISHED[abi]
     own = abis[0] if abis else "it"
     raise DeviceError(
-        f"no benchmark_model is published for {own}. Build one ({BUILD.format(own)}) and set {PATH_VARIABLE} to it."
+        f"No benchmark_model is published for {own}. Build one ({BUILD.format(own)}) and set {PATH_VARIABLE} to it."
     )
 
 
