@@ -102,7 +102,10 @@ def list_devices(adb: Path, timeout_s: float = ANSWER_S) -> list[Device]:
     Raises:
         DeviceError: the server cannot be started or does not answer.
     """
-    done = run_command([str(adb), "devices", "-l"], timeout_s, "adb devices")
+    try:
+        done = run_command([str(adb), "devices", "-l"], _tenths(timeout_s), "adb devices")
+    except DeviceError as error:
+        raise DeviceError(f"{error} Restart its server with: adb kill-server") from error
     if done.returncode:
         raise DeviceError(f"adb's server cannot be reached: {_brief(done.stderr or done.stdout)}")
     return parse_devices(done.stdout)
@@ -191,7 +194,7 @@ class Adb:
         Raises:
             DeviceError: no room, the device went away, or it takes too long.
         """
-        self._copy(["push", str(source), remote], f"Copying {source.name} to the device", timeout_s)
+        self._copy(["push", str(source), remote], "Copying the files to the device", timeout_s)
 
     def pull(self, remote: str, target: Path, timeout_s: float) -> None:
         """Copies a file from the device; errors as for `push`."""
@@ -205,13 +208,13 @@ class Adb:
         done = self._run(arguments, what, timeout_s)
         text = done.stdout + done.stderr
         if "No space left" in text or "INSUFFICIENT_STORAGE" in text:
-            hint = self.hint("df /data")
-            raise DeviceError(f"{what}: the device's storage is full ({_brief(text)}). Look with: {hint}")
+            raise DeviceError(f"{what}: its storage is full. Make room; look with: {self.hint('df /data')}")
         if done.returncode or "\nFailure [" in text:
             raise DeviceError(f"{what}: {self._diagnosis(text)}")
 
     def _run(self, arguments: Sequence[str], what: str, timeout_s: float):
-        return run_command([str(self.path), "-s", self.serial, *arguments], self.deadline.left(timeout_s), what)
+        command = [str(self.path), "-s", self.serial, *arguments]
+        return run_command(command, _tenths(self.deadline.left(timeout_s)), what)
 
     def hint(self, command: str) -> str:
         """The command line that runs a command on this device by hand."""
@@ -262,6 +265,11 @@ def _refusal(device: Device | None, serial: str | None) -> str:
         return f"{what}: {REMEDIES['missing']}."
     remedy = REMEDIES.get(device.state, "start Android on it")
     return f"The Android device {device.serial} cannot be used, it is '{device.state}': {remedy}."
+
+
+def _tenths(seconds: float) -> float:
+    """Seconds as messages show them."""
+    return max(round(seconds, 1), 0.1)
 
 
 def _brief(text: str, limit: int = 300) -> str:

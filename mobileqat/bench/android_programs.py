@@ -137,7 +137,7 @@ class Executable:
         """Runs it; the exit code counts after the text, which says more."""
         result = self.adb.shell(script, what, self.adb.deadline.left())
         if result.code in _STOPPED:
-            raise DeviceError(f"{what}: benchmark_model was stopped on the device (exit code {result.code}): too slow.")
+            raise DeviceError(f"{what}: benchmark_model took too long and was stopped (exit code {result.code}).")
         if result.code == _KILLED:
             raise DeviceError(f"{what}: the device killed benchmark_model, as it does when memory is short.")
         if result.code:
