@@ -288,6 +288,15 @@ def test_the_exit_code_is_the_commands(phone, script):
     assert adb.open_device(phone.serial, adb.Deadline(60)).shell(script, "a command").code == 7
 
 
+@pytest.mark.parametrize("count", [0, 3, 7, 20, 34, 36])
+def test_a_command_cut_off_at_any_byte_has_no_exit_code(phone, count):
+    """The last of these cuts the exit code itself."""
+    client = adb.open_device(phone.serial, adb.Deadline(8))
+    phone.faults.die_on, phone.faults.after_bytes = "echo hello", count
+    with pytest.raises(DeviceError, match=r"A command: .*went away"):
+        client.shell("echo hello; exit 139", "A command")
+
+
 def test_check_names_what_is_there(phone, binary):
     checks = Android(f"android:{phone.serial}", binary).check()
     assert [check.what for check in checks] == ["adb", "Android device", "benchmark_model"]

@@ -170,9 +170,9 @@ class Adb:
         for attempt in range(2):
             done = self._run(["shell", ended], what, timeout_s)
             text = done.stdout.replace("\r\n", "\n")
-            output, found, code = text.rpartition(f"\n{marker} ")
-            if found:
-                return Result(output, int(code.split()[0]))
+            end = re.search(rf"\n{marker} (\d+)\n\Z", text)
+            if end:
+                return Result(text[: end.start()], int(end[1]))
             if attempt or not _NOT_STARTED.search(done.stderr) or not self._is_back():
                 break
         raise DeviceError(f"{what}: {self._diagnosis(text + done.stderr)}")
