@@ -27,6 +27,7 @@ class Android:
     """
 
     has_profiler = True
+    integer_only = False
 
     def __init__(self, name: str, program: str | None = None) -> None:
         self.name = name

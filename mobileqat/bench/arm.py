@@ -69,6 +69,7 @@ class EmulatedArm:
     """
 
     has_profiler = False
+    integer_only = False
     computes = True
 
     def __init__(self, name: str) -> None:
