@@ -414,7 +414,7 @@ def verify(files, source, data_path, image_size, samples, targets, delegate, run
     settings = Settings(runtime=runtime, delegate=delegate)
     agreements = pipeline.verify_on_targets(file, dataset, samples, usable, settings)
     problems = list(result.problems) if result else []
-    problems += measure.problems(file.name, agreements, settings)
+    problems += measure.problems(file.name, agreements)
     if as_json:
         parity = result.to_dict() if result else {}
         _print_json(parity | {"targets": {name: vars(agreement) for name, agreement in agreements.items()}})
@@ -512,7 +512,7 @@ def bench(
     results, problems = {}, []
     for target in _usable_targets(targets):
         comparison = results[target.name] = measure.measure(named, target, settings)
-        problems += measure.disagreements(comparison.records, settings)
+        problems += measure.disagreements(comparison.records)
         if not as_json:
             show.print_comparison(comparison, compare)
         if min_delegated is not None:
