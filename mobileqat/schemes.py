@@ -51,8 +51,12 @@ class Scheme:
     activations: QuantSpec
 
 
+# What LiteRT's int16 kernels take: zero point 0, results saturate at -32768.
+INT16 = QuantSpec(16, symmetric=True, full_range=True)
+
 SCHEMES: dict[str, Scheme] = {
     "w8a8": Scheme("w8a8", QuantSpec(8, symmetric=True, per_channel=True), QuantSpec(8)),
+    "w8a16": Scheme("w8a16", QuantSpec(8, symmetric=True, per_channel=True), INT16),
 }
 
 
@@ -65,8 +69,11 @@ def get_scheme(scheme: str | Scheme | dict) -> Scheme:
     if isinstance(scheme, dict):
         scheme = Scheme(scheme["name"], QuantSpec(**scheme["weights"]), QuantSpec(**scheme["activations"]))
     if isinstance(scheme, Scheme):
-        if scheme.activations != QuantSpec(8):
-            raise MobileQatError(f"Activations must be asymmetric int8, QuantSpec(8). Received: {scheme.activations}")
+        if scheme.activations not in (QuantSpec(8), INT16):
+            raise MobileQatError(
+                f"Activations must be asymmetric int8, QuantSpec(8), or symmetric int16, {INT16}. Received: "
+                f"{scheme.activations}"
+            )
         if scheme.weights.bits > 8 or not scheme.weights.symmetric:
             raise MobileQatError(f"Weights must be symmetric and have at most 8 bits. Received: {scheme.weights}")
         return scheme

@@ -78,7 +78,9 @@ def _tensor(name: str, shape, dtype, grid, place: int) -> schema.TensorT:
     return tensor
 
 
-def run(kind: str, version: int, options, operands: list[Operand], shape, grid, dtype="int8") -> tuple[np.ndarray, bool]:
+def run(
+    kind: str, version: int, options, operands: list[Operand], shape, grid, dtype="int8"
+) -> tuple[np.ndarray, bool]:
     """The operator's output, and whether the delegate computed it."""
     content = build(kind, version, options, operands, shape, grid, dtype)
     interpreter = Interpreter(model_content=content, num_threads=1)

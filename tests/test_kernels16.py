@@ -152,7 +152,8 @@ def test_average_pool(size, strides, padding):
 
 
 @pytest.mark.parametrize(
-    "shape, size", [((1, 6, 5, 3), (9, 11)), ((8, 6, 5, 1), (3, 2)), ((2, 7, 7, 4), (14, 14)), ((1, 100, 3, 1), (33, 100))]
+    "shape, size",
+    [((1, 6, 5, 3), (9, 11)), ((8, 6, 5, 1), (3, 2)), ((2, 7, 7, 4), (14, 14)), ((1, 100, 3, 1), (33, 100))],
 )
 def test_resizing(shape, size):
     for grids in GRIDS:
