@@ -363,8 +363,8 @@ class _Writer:
         if ratio >= limit:
             raise CalibrationError(
                 f"The range of activation tensor '{name}' is too narrow for what makes it: one step of the products is "
-                f"{ratio:.0f} steps of the output, and the runtime takes less than {limit}. The layer is almost dead on "
-                "the calibration data; calibrate on other data, or remove it."
+                f"{ratio:.0f} steps of the output, and the runtime takes less than {limit}. The layer is almost dead "
+                "on the calibration data; calibrate on other data, or remove it."
             )
 
     def integers(self, wrapper: QuantizeWrapper, role: str, values) -> int:

@@ -141,7 +141,7 @@ def inverse_square_root(x):
 
 
 def multiply_accumulator(x, multiplier):
-    """x * mantissa / 2**31 * 2**exponent of int64 x: the mantissa is first reduced to 16 bits; one rounding, ties up."""
+    """x * mantissa / 2**31 * 2**exponent of int64 x: a mantissa reduced to 16 bits, rounded once, ties up."""
     mantissa, exponent = multiplier
     reduced = tf.bitwise.right_shift(mantissa + (1 << 15), tf.fill(tf.shape(mantissa), tf.constant(16, tf.int64)))
     reduced = tf.where(mantissa < 0x7FFF0000, reduced, 0x7FFF * tf.ones_like(reduced))
