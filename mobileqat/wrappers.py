@@ -194,6 +194,7 @@ class QuantizeWrapper(keras.layers.Layer):
     @property
     def bits(self) -> int:
         """Bits of the activations."""
+        assert self.output_quantizer is not None
         return self.output_quantizer.spec.bits
 
     def grid(self, quantizer: FakeQuantize) -> Grid:
@@ -222,7 +223,9 @@ class QuantizeWrapper(keras.layers.Layer):
         bias = self.bias()
         if self.batch_norm is not None:
             factor, offset = self._batch_norm_affine()
-            scales, bias = product(scales, tf.abs(factor)), product(bias, factor) + offset
+            # In float64, so that no order of float32 operations moves an integer of the bias.
+            bias = tf.cast(float64(bias) * float64(factor) + float64(offset), tf.float32)
+            scales = product(scales, tf.abs(factor))
             integers *= tf.reshape(tf.where(factor < 0, -1.0, 1.0), channel_shape)
         # A channel whose weights vanish beside its bias (gamma near 0) would need a bias beyond int32.
         largest = numerics.LARGEST_BIAS if self.bits == 8 else numerics.LARGEST_BIAS_INT16
@@ -237,8 +240,8 @@ class QuantizeWrapper(keras.layers.Layer):
         bn = self.batch_norm
         gamma = tf.convert_to_tensor(bn.gamma) if bn.scale else 1.0
         factor = quotient(gamma, tf.sqrt(tf.cast(bn.moving_variance, tf.float64) + bn.epsilon))
-        offset = -product(bn.moving_mean, factor)
-        return factor, offset + tf.convert_to_tensor(bn.beta) if bn.center else offset
+        offset = -float64(bn.moving_mean) * float64(factor)
+        return factor, tf.cast(offset + float64(bn.beta) if bn.center else offset, tf.float32)
 
     def input_scale(self) -> np.float32:
         """Scale of the first input, which the bias's unit depends on."""
