@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mobileqat.lower_operators import ACTIVATIONS
+from mobileqat.lower_operators import ACTIVATIONS, clip
 from mobileqat.lower_shapes import transpose
 from mobileqat.lowerer import Lowerer, Value
 
@@ -32,12 +32,26 @@ def _prelu(low: Lowerer, path: str, x: str, slopes: str) -> str:
     return low.op(path, "ADD", low.op(f"{path}/relu", "RELU", x), sloped)
 
 
-def _elu(low: Lowerer, path: str, x: str, alpha: float = 1.0) -> str:
-    power = low.op(f"{path}/exp", "EXP", _below_zero(low, path, x))
-    negative = low.binary(f"{path}/minus_one", "SUB", power, Value.of(1, "one"))
-    if alpha != 1:
-        negative = low.binary(f"{path}/scaled", "MUL", negative, Value.of(alpha, "alpha"))
-    return low.op(path, "ADD", low.op(f"{path}/relu", "RELU", x), negative)
+def _times(low: Lowerer, path: str, x: str, factor: float) -> str:
+    return x if factor == 1 else low.binary(path, "MUL", x, Value.of(factor, "factor"))
+
+
+def _elu(low: Lowerer, path: str, x: str, alpha: float = 1.0, divisor: float = 1.0, scale: float = 1.0) -> str:
+    """scale * (relu(x) + alpha * (exp(min(x, 0) / divisor) - 1))."""
+    exponent = _times(low, f"{path}/divided", _below_zero(low, path, x), 1 / divisor)
+    power = low.op(f"{path}/exp", "EXP", exponent)
+    below = low.binary(f"{path}/minus_one", "SUB", power, Value.of(1, "one"))
+    below = _times(low, f"{path}/scaled", below, alpha * scale)
+    above = _times(low, f"{path}/above", low.op(f"{path}/relu", "RELU", x), scale)
+    return low.op(path, "ADD", above, below)
+
+
+def _celu(low: Lowerer, path: str, x: str, alpha: float) -> str:
+    return _elu(low, path, x, alpha, divisor=alpha)
+
+
+def _selu(low: Lowerer, path: str, x: str) -> str:
+    return _elu(low, path, x, 1.6732632423543772, scale=1.0507009873554805)
 
 
 def _softplus(low: Lowerer, path: str, x: str) -> str:
@@ -51,9 +65,21 @@ def _mish(low: Lowerer, path: str, x: str) -> str:
     return low.op(path, "MUL", x, low.op(f"{path}/tanh", "TANH", _softplus(low, f"{path}/softplus", x)))
 
 
+def _log_sigmoid(low: Lowerer, path: str, x: str) -> str:
+    return low.op(path, "SUB", x, _softplus(low, f"{path}/softplus", x))
+
+
+def _tanh_shrink(low: Lowerer, path: str, x: str) -> str:
+    return low.op(path, "SUB", x, low.op(f"{path}/tanh", "TANH", x))
+
+
+def _soft_shrink(low: Lowerer, path: str, x: str, threshold: float) -> str:
+    """x less what a clip at the threshold leaves of it."""
+    return low.op(path, "SUB", x, clip(low, f"{path}/clip", x, -threshold, threshold))
+
+
 def _hard_tanh(low: Lowerer, path: str, x: str) -> str:
-    high = low.binary(f"{path}/minimum", "MINIMUM", x, Value.of(1, "one"))
-    return low.binary(path, "MAXIMUM", high, Value.of(-1, "minus_one"))
+    return clip(low, path, x, -1.0, 1.0)
 
 
 def _l2_normalization(low: Lowerer, path: str, x: str) -> str:
@@ -81,10 +107,15 @@ def _space_to_depth(low: Lowerer, path: str, x: str, block_size: int) -> str:
 
 # Functions that are tables of 256 integers on int8 activations.
 TABLES: dict[str, Substitute] = {
+    "celu": _celu,
     "elu": _elu,
     "hard_tanh": _hard_tanh,
+    "log_sigmoid": _log_sigmoid,
     "mish": _mish,
+    "selu": _selu,
+    "soft_shrink": _soft_shrink,
     "softplus": _softplus,
+    "tanh_shrink": _tanh_shrink,
 }
 
 
