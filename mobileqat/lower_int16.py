@@ -9,6 +9,7 @@ refuses it by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from mobileqat.lower_operators import ACTIVATIONS, clip
@@ -82,6 +83,22 @@ def _hard_tanh(low: Lowerer, path: str, x: str) -> str:
     return clip(low, path, x, -1.0, 1.0)
 
 
+def _exponential(factor: float = 1.0, offset: float = 0.0) -> Substitute:
+    def substitute(low: Lowerer, path: str, x: str) -> str:
+        power = low.op(f"{path}/exp" if offset else path, "EXP", _times(low, f"{path}/factor", x, factor))
+        return low.binary(path, "ADD", power, Value.of(offset, "offset")) if offset else power
+
+    return substitute
+
+
+def _logarithm(factor: float = 1.0, offset: float = 0.0) -> Substitute:
+    def substitute(low: Lowerer, path: str, x: str) -> str:
+        shifted = low.binary(f"{path}/shifted", "ADD", x, Value.of(offset, "offset")) if offset else x
+        return _times(low, path, low.op(f"{path}/log", "LOG", shifted), factor)
+
+    return substitute
+
+
 def _l2_normalization(low: Lowerer, path: str, x: str) -> str:
     squares = low.op(f"{path}/squares", "MUL", x, x)
     total = low.op(f"{path}/sum", "SUM", squares, axes=(low.rank(x) - 1,), keepdims=True)
@@ -109,7 +126,12 @@ def _space_to_depth(low: Lowerer, path: str, x: str, block_size: int) -> str:
 TABLES: dict[str, Substitute] = {
     "celu": _celu,
     "elu": _elu,
+    "exp2": _exponential(factor=math.log(2)),
+    "expm1": _exponential(offset=-1.0),
     "hard_tanh": _hard_tanh,
+    "log10": _logarithm(factor=1 / math.log(10)),
+    "log1p": _logarithm(offset=1.0),
+    "log2": _logarithm(factor=1 / math.log(2)),
     "log_sigmoid": _log_sigmoid,
     "mish": _mish,
     "selu": _selu,

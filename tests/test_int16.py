@@ -189,14 +189,14 @@ def test_training_end_to_end():
     labels = (images[:, :, :4].mean((1, 2, 3)) > images[:, :, 4:].mean((1, 2, 3))).astype(np.int32)
     keras.utils.set_random_seed(0)
     model = sequential(
-        L.Conv2D(8, 3, strides=2, use_bias=False), L.BatchNormalization(), L.Activation("hard_swish"),
+        L.Conv2D(8, 3, strides=2, use_bias=False), L.BatchNormalization(momentum=0.8), L.Activation("hard_swish"),
         L.DepthwiseConv2D(3, padding="same"), L.ReLU(), L.Flatten(), L.Dense(2, activation="softmax"),
         shape=(8, 8, 1),
     )  # fmt: skip
     quantized = quantize_model(model, scheme="w8a16", input_range=(0, 1))
     calibrate(quantized, images)
     quantized.compile(keras.optimizers.Adam(0.01), "sparse_categorical_crossentropy", metrics=["accuracy"])
-    quantized.fit(images, labels, epochs=12, batch_size=32, verbose=0)
+    quantized.fit(images, labels, epochs=20, batch_size=32, verbose=0)
     content = convert(quantized)
     parity = verify(quantized, content, images)
     assert parity.passed and parity.end_to_end.identical == 1.0, parity.problems
