@@ -246,8 +246,8 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
 @click.option("--scheme", default="w8a8")
-@click.option("--input-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
-@click.option("--output-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
+@click.option("--input-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
+@click.option("--output-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
 @json_option
 def convert(
     model, output, source, data_path, image_size, ranges, samples, method, scheme, input_type, output_type, as_json

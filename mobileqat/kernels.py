@@ -260,7 +260,7 @@ def _litert_table(function: Callable):
     return kernel
 
 
-def _gelu(layer, x, output):
+def gelu(layer, x, output):
     """The kernel's float32 steps, each from float64: near a tie the order of roundings shows."""
     if layer.options.get("approximate"):
         cubed = _rounded(_rounded(_rounded(np.float32(0.044715) * x) * x) * x)
@@ -436,7 +436,7 @@ KERNELS: dict[str, Kernel] = {
     "LEAKY_RELU": leaky_relu,
     "PRELU": prelu,
     "ELU": _function_table(lambda x: tf.where(x < 0.0, tf.math.expm1(x), x)),
-    "GELU": _litert_table(_gelu),
+    "GELU": _litert_table(gelu),
     "HARD_SWISH": hard_swish,
     "ABS": absolute,
     "EXP": _litert_table(lambda layer, x, output: tf.exp(x)),
