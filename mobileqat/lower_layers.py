@@ -83,7 +83,7 @@ def _convolve(low: Lowerer, node: Node, kind: type[keras.layers.Layer], **overri
 def _padded_alike(low: Lowerer, layer, image: str) -> str | None:
     """The tensor before zero padding that is just what padding="same" means: kernels pad while they read."""
     node = low.by_path.get(image)
-    if not isinstance(node and node.layer, Primitive) or node.layer.kind != "PAD":
+    if node is None or not isinstance(node.layer, Primitive) or node.layer.kind != "PAD":
         return None
     if sum(other.layer is layer for other in low.graph.nodes) > 1:  # it may be called on unpadded images, too
         return None

@@ -26,8 +26,8 @@ from mobileqat.bench.record import Job, Settings
 from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.errors import DeviceError
 
-MISSING = [f"{check.what}: {check.fix}" for check in EmulatedArm("arm:cortex-a53").check() if check.found is None]
-emulated = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+MISSING = [check.what for check in EmulatedArm("arm:cortex-a53").check() if check.found is None]
+emulated = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {sysroot.SETUP}")
 FEW = Settings(runs=5)
 
 
