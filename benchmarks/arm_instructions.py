@@ -139,7 +139,8 @@ def write(rows: list[dict], profiles: dict) -> None:
         f"the interpreters. The median of {REPEATS} processes; they differ by at most "
         f"{max(_spread(row) for row in rows):.4%}. cortex-a76 has the dot product, cortex-a53 has not. "
         "Instructions are work, not time. *Identical* is the share of output values that equal those of the same "
-        "file on this machine (float kernels add in another order).",
+        "file on x86, of float, mobileqat and TFMOT: float kernels add in another order, and tflite-runtime stands "
+        "beside LiteRT's newer reference kernels.",
         "",
         "| | core | runtime | float | mobileqat | TFMOT | mobileqat to float | mobileqat to TFMOT | identical |",
         "|---|---|---|---|---|---|---|---|---|",

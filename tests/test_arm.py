@@ -26,8 +26,8 @@ from mobileqat.bench.record import Job, Settings
 from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.errors import DeviceError
 
-MISSING = [f"{check.what}: {check.fix}" for check in EmulatedArm("arm:cortex-a53").check() if check.found is None]
-emulated = pytest.mark.skipif(bool(MISSING), reason="; ".join(MISSING))
+MISSING = [check.what for check in EmulatedArm("arm:cortex-a53").check() if check.found is None]
+emulated = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: {sysroot.SETUP}")
 FEW = Settings(runs=5)
 
 
@@ -70,10 +70,12 @@ def test_int8_outputs_are_those_of_x86(cpu, runtime):
 
 @emulated
 @pytest.mark.parametrize("cpu", CPUS)
-def test_tflite_runtime_computes_what_the_reference_kernels_compute(cpu):
+def test_tflite_runtime_computes_nearly_what_the_reference_kernels_compute(cpu):
+    """Its kernels are older than LiteRT's: its softmax is one step off now and then."""
     record = measured(cpu, "tflite-runtime").records["int8"]
     assert record.runtime_version == "2.14.0"
-    assert record.agreement.identical == 1
+    assert record.agreement.identical > 0.95
+    assert record.agreement.max_lsb <= 1
 
 
 @emulated
