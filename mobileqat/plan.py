@@ -255,8 +255,7 @@ def _require_int16(graph: Graph, scheme: Scheme, operators: list[Operator], rule
         lines = "\n".join(f"  - {row}" for row in refused)
         raise UnsupportedModelError(
             f"Model '{graph.name}' cannot be quantized with scheme '{scheme.name}': the runtime does not execute "
-            f"these on int16 activations:\n{lines}\nScheme 'w8a8' takes them; or replace these layers, or keep them "
-            "in float with exclude=."
+            f"these on int16 activations:\n{lines}\nScheme 'w8a8' takes them; or replace these layers."
         )
 
 
