@@ -58,7 +58,7 @@ def adaround(
     *,
     steps: int = 1000,
     batch_size: int = 32,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 3e-2,
     seed: int = 0,
 ) -> list[Rounding]:
     """Rounds the weights of every operator so that its output stays closest to the float model's.
@@ -97,7 +97,7 @@ class _Layer:
     """One layer whose weights lie between two integers each."""
 
     def __init__(self, step: Step, spec: QuantSpec):
-        self.wrapper, self.inputs, self.targets = step.wrapper, step.inputs[0], step.float_output
+        self.step, self.wrapper, self.targets = step, step.wrapper, step.float_output
         self.spec = spec
         self.scales = weight_scales(self.wrapper.kernel(), self.wrapper.rule.channel_axes, spec)
         self.scaled = self.wrapper.kernel() / self.scales
@@ -122,7 +122,7 @@ class _Layer:
         v = keras.Variable(tf.math.log(rest / (1.0 - rest)), dtype="float32")
         optimizer = keras.optimizers.Adam(learning_rate)
         optimizer.build([v])
-        inputs, targets = tf.constant(self.inputs), tf.constant(self.targets)
+        inputs, targets = tf.constant(self.step.inputs[0]), tf.constant(self.targets)
 
         @tf.function
         def optimize():
@@ -155,11 +155,8 @@ class _Layer:
             return as_float32(self.wrapper.float_call(inputs, training=False))
 
     def _error(self, integers) -> float:
-        total = 0.0
-        for start in range(0, len(self.inputs), 64):
-            batch = slice(start, start + 64)
-            total += float(tf.reduce_sum(tf.square(self._output(self.inputs[batch], integers) - self.targets[batch])))
-        return total / self.targets.size / self.power
+        outputs = self.step.run(lambda x: self._output(x, integers), self.step.inputs)
+        return float(np.mean(np.square(outputs - self.targets))) / self.power
 
 
 def _rectified_sigmoid(v):

@@ -9,6 +9,7 @@ activation, layer by layer with the earlier layers corrected already:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,9 @@ def correct_bias(model: QuantizedModel, samples: Any, batch_size: int = 64) -> B
         CalibrationError: a range is missing, or there is no sample.
         DataError: samples that do not fit the model's inputs.
     """
-    shared, shifts, skipped = shared_layers(model), {}, {}
+    shared = shared_layers(model)
+    shifts: dict[str, np.ndarray] = {}
+    skipped: dict[str, str] = {}
     for step in walk(model, samples, batch_size):
         operator = step.wrapper.operator
         if step.wrapper.weight_spec is None:
@@ -54,7 +57,7 @@ def correct_bias(model: QuantizedModel, samples: Any, batch_size: int = 64) -> B
         elif operator.name in shared:
             skipped[operator.name] = "its weights serve other operators too"
         else:
-            shifts[operator.name] = _shift(step, batch_size)
+            shifts[operator.name] = _shift(step)
             variable.assign(variable + shifts[operator.name])
     return BiasCorrection(shifts, skipped)
 
@@ -66,13 +69,8 @@ def _offset_variable(wrapper: QuantizeWrapper):
     return wrapper.layer.bias if wrapper.layer.use_bias else None
 
 
-def _shift(step: Step, batch_size: int) -> np.ndarray:
+def _shift(step: Step) -> np.ndarray:
     """Mean of the float output minus that of the quantized one, before the activation, float32 [channels]."""
-    total, count = 0.0, len(step.inputs[0])
-    for start in range(0, count, batch_size):
-        batch = slice(start, start + batch_size)
-        real = step.wrapper.linear_call(step.float_inputs[0][batch], training=False)
-        rounded = step.wrapper.linear_call(step.inputs[0][batch], training=False, quantized=True)
-        difference = np.asarray(real, np.float64) - np.asarray(rounded, np.float64)
-        total += difference.mean(axis=tuple(range(1, difference.ndim - 1))).sum(0)
-    return (total / count).astype(np.float32)
+    real = step.run(partial(step.wrapper.linear_call, training=False), step.float_inputs)
+    rounded = step.run(partial(step.wrapper.linear_call, training=False, quantized=True), step.inputs)
+    return np.asarray(np.mean(real - rounded, axis=tuple(range(real.ndim - 1)), dtype=np.float64), np.float32)

@@ -53,7 +53,7 @@ def equalize(model: QuantizedModel, iterations: int = 20) -> list[Pair]:
     if not isinstance(model, QuantizedModel):
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
     chains = _chains(model)
-    totals = [np.float32(1)] * len(chains)
+    totals: list = [1.0] * len(chains)
     for _ in range(iterations if chains else 0):
         for index, (first, second, _) in enumerate(chains):
             factors = _factors(first, second)

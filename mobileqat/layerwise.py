@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,14 @@ class Step:
         float_inputs: its inputs in the float model, [n, ...] each.
         inputs: its inputs as the quantized operators before it make them.
         float_output: its output in the float model.
+        run: `run(function, inputs)` calls a function of such inputs in batches.
     """
 
     wrapper: QuantizeWrapper
     float_inputs: list[np.ndarray]
     inputs: list[np.ndarray]
     float_output: np.ndarray
+    run: Callable[[Callable, list[np.ndarray]], np.ndarray]
 
 
 def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[Step]:
@@ -66,9 +69,10 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[
     for operator, wrapper in zip(model.plan.operators, model.operators.values(), strict=True):
         names = run.inputs(operator)
         float_inputs, inputs = [float_values[n] for n in names], [values[n] for n in names]
-        output = run(lambda x, wrapper=wrapper: wrapper.float_call(x, training=False), operator, float_inputs)
-        yield Step(wrapper, float_inputs, inputs, output)
-        float_values[operator.output], values[operator.output] = output, run(wrapper, operator, inputs)
+        run_this = partial(run, operator)
+        output = run_this(partial(wrapper.float_call, training=False), float_inputs)
+        yield Step(wrapper, float_inputs, inputs, output, run_this)
+        float_values[operator.output], values[operator.output] = output, run_this(wrapper, inputs)
         for name in set(names):
             if last_reader[name] == operator.name:
                 del float_values[name], values[name]
@@ -101,7 +105,7 @@ class _Runner:
         quantizer = self.model.quantizers.get(name)
         return array if quantizer is None else np.asarray(quantizer(array, training=False))
 
-    def __call__(self, function: Callable, operator, inputs: list[np.ndarray]) -> np.ndarray:
+    def __call__(self, operator, function: Callable, inputs: list[np.ndarray]) -> np.ndarray:
         tensors = self.model.plan.tensors
         is_batched = [tensors[name].has_batch for name in self.inputs(operator)]
         count = max([len(x) for x, split in zip(inputs, is_batched, strict=True) if split], default=1)
