@@ -73,6 +73,8 @@ def calibrate(
     for name, (low, high) in ranges.items():
         quantizer = model.quantizers[name]
         quantizer.set_range(name, low, high)
+    for wrapper in model.operators.values():
+        wrapper.fit_weight_range()
 
 
 def _batches(model: QuantizedModel, data: Any, batch_size: int) -> Iterator[list[np.ndarray]]:

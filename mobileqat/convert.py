@@ -177,7 +177,7 @@ class _Writer:
         tensor = schema.TensorT()
         tensor.name = name
         tensor.shape = np.asarray(shape, np.int32)
-        tensor.type = DTYPES[np.dtype(dtype)]
+        tensor.type = schema.TensorType.INT4 if dtype == "int4" else DTYPES[np.dtype(dtype)]
         tensor.hasRank = True
         if quantization is not None:
             tensor.quantization = schema.QuantizationParametersT()
@@ -201,6 +201,12 @@ class _Writer:
             quantization,
             array.astype(array.dtype.newbyteorder("<")).tobytes(),
         )
+
+    def constant_int4(self, name: str, array: np.ndarray, quantization: _Quantization) -> int:
+        """Integers in [-8, 7], two in a byte, the first in the lower half."""
+        nibbles = np.append(array.astype(np.int8).reshape(-1), np.zeros(array.size % 2, np.int8)).view(np.uint8) & 15
+        content = (nibbles[0::2] | nibbles[1::2] << 4).tobytes()
+        return self.tensor(name, array.shape, "int4", quantization, content)
 
     def shape(self, name: str) -> tuple[int, ...]:
         planned = self.plan.tensors[name]
@@ -333,10 +339,10 @@ class _Writer:
         scales = constants["scales"]
         self.check_ratio(wrapper, input_scale * scales)
         zeros = np.zeros(scales.shape, np.int64)
+        weights = layout(constants["weights"], wrapper.layer)
+        store = self.constant_int4 if wrapper.operator.storage_bits == 4 else self.constant
         return [
-            self.constant(
-                f"{name}/kernel", layout(constants["weights"], wrapper.layer), _Quantization(scales, zeros, axis)
-            ),
+            store(f"{name}/kernel", weights, _Quantization(scales, zeros, axis)),
             self.constant(f"{name}/bias", constants["bias"], _Quantization(input_scale * scales, zeros)),
         ]
 

@@ -2,12 +2,14 @@
 
 Forward, a value snaps to its grid; backward, rounding counts as the identity (Bengio et al. 2013), and values beyond
 the range, which saturate, pass no gradient.  Ranges follow a debiased moving average (Kingma & Ba 2015, section 3)
-that calibration sets and training continues:
+that calibration sets and training continues, or start there and are trained like weights:
 
-    w <- d * w + (1 - d),   m <- d * m + (1 - d) * batch_range,   range = m / w
+    w <- d * w + (1 - d),   m <- d * m + (1 - d) * batch_range,   range = m / w  (+ width * learned shift)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -49,22 +51,90 @@ def round_half_away(x):
     return whole + tf.sign(x) * tf.cast(tf.abs(x - whole) >= 0.5, x.dtype)
 
 
+ESTIMATORS = ("clipped", "identity", "soft")
+SOFTNESS = 0.5  # of the soft estimator: the slope is between 1 - SOFTNESS and 1 + SOFTNESS
+
+
+def fake_quantize(x, scale, bounds, clips, estimator: str = "clipped", round_to_grid: Callable = tf.round):
+    """Values snapped to `scale * {bounds[0], ..., bounds[1]}`, with straight-through gradients.
+
+    With r = x / scale, forward is y = scale * round(clip(r, *bounds)).  Backward:
+
+        dy/dscale  inside    round(r) - r     (LSQ, Esser et al. 2020)
+        dy/dclip   outside   1 for the end that x lies beyond (PACT, Choi et al. 2018; LSQ+, Bhalgat et al. 2020)
+        dy/dx      inside    1;  soft: 1 - SOFTNESS * cos(2 pi r), steep where rounding jumps and flat between
+                   outside   0;  identity: 1
+
+    Args:
+        x: float32 tensor.
+        scale: float32, broadcasts against x.
+        bounds: the first and last integer, without the zero point.
+        clips: real values of the two, as functions of what is learned; only their gradient counts.
+        estimator: one of `ESTIMATORS`.
+        round_to_grid: from values within the bounds to integers.
+    """
+    scaled = tf.stop_gradient(x / scale)
+    inside = tf.clip_by_value(scaled, *bounds)
+    rounded = tf.stop_gradient(round_to_grid(inside))
+    slope = 1.0 - SOFTNESS * tf.cos(2.0 * np.pi * scaled) if estimator == "soft" else 1.0
+    within = slope * x + scale * (rounded - scaled)
+    low, high = (clip + (x if estimator == "identity" else tf.zeros_like(x)) for clip in clips)
+    relaxed = tf.where(scaled < bounds[0], low, tf.where(scaled > bounds[1], high, within))
+    return straight_through(rounded * scale, relaxed)
+
+
+@tf.custom_gradient
+def scale_gradient(x, factor):
+    """x, with a gradient `factor` times as large."""
+    return tf.identity(x), lambda gradient: (gradient * factor, None)
+
+
+def step_gradient_factor(count: int, qmax: int) -> float:
+    """1 / sqrt(count * qmax): brings gradients of a step size to the size of those of `count` values (LSQ, 2.2)."""
+    return 1.0 / float(np.sqrt(count * qmax))
+
+
 def weight_scales(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
-    """`numerics.weight_scales` on tensors: max-abs per channel, shaped to broadcast, no gradient."""
+    """`numerics.weight_scales` on tensors: max-abs (binary: mean-abs) per channel, shaped to broadcast, no gradient."""
     kept = channel_axes if spec.per_channel else ()
     reduced = [axis for axis in range(len(weights.shape)) if axis not in kept]
-    largest = tf.reduce_max(tf.abs(tf.stop_gradient(weights)), axis=reduced, keepdims=True)
+    reduce = tf.reduce_mean if spec.is_binary else tf.reduce_max
+    largest = reduce(tf.abs(tf.stop_gradient(weights)), axis=reduced, keepdims=True)
     return quotient(tf.where(largest > numerics.SMALLEST_WEIGHT, largest, 1.0), spec.qmax)
 
 
-def quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
-    """Weight integers (as float32 values) and their scales.
+def quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec, ratio=None):
+    """Weight integers (as float32 values) and their scales; the gradient of `integers * scales` is the identity.
 
-    A max-abs scale never saturates a weight, so the straight-through gradient of `integers * scales` is the identity.
+    Args:
+        ratio: the scales' share of `weight_scales`, shaped like them; None is 1, where no weight saturates.
     """
     scales = weight_scales(weights, channel_axes, spec)
+    if ratio is not None:
+        scales = product(scales, ratio)
     scaled = weights / scales
-    return straight_through(tf.clip_by_value(tf.round(scaled), spec.qmin, spec.qmax), scaled), scales
+    return straight_through(round_weights(scaled, spec), scaled), scales
+
+
+def fake_quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec, ratio=None, estimator="clipped"):
+    """Weights snapped to their grid, for training; a `ratio` that is trained gets its gradient."""
+    if ratio is None and estimator != "soft":  # nothing saturates, and nothing is learned
+        integers, scales = quantize_weights(weights, channel_axes, spec)
+        return integers * scales
+    scales = weight_scales(weights, channel_axes, spec)
+    if ratio is not None:
+        count = int(np.prod(weights.shape)) // int(np.prod(scales.shape))
+        scales = scales * scale_gradient(ratio, step_gradient_factor(count, spec.qmax))
+    bounds = (float(spec.qmin), float(spec.qmax))
+    clips = [bound * scales for bound in bounds]
+    return fake_quantize(weights, scales, bounds, clips, estimator, lambda scaled: round_weights(scaled, spec))
+
+
+def round_weights(scaled, spec: QuantSpec):
+    """The integers nearest to weights in units of their scale; of binary ones the signs."""
+    if spec.is_binary:
+        return tf.where(scaled < 0, -1.0, 1.0)
+    return tf.clip_by_value(tf.round(scaled), spec.qmin, spec.qmax)
 
 
 @keras.saving.register_keras_serializable("mobileqat")
@@ -80,9 +150,12 @@ class FakeQuantize(keras.layers.Layer):
         fixed: `(scale, zero_point)` that a kernel prescribes.
         pinned: `(minimum, maximum)` known beforehand, which no data changes.
         ema_decay: decay of the moving average per training step.
+        learns_range: whether the ends of the range are trained, from where calibration left them.
     """
 
-    def __init__(self, spec: QuantSpec, members=(), fixed=None, pinned=None, ema_decay=0.99, **kwargs):
+    def __init__(
+        self, spec: QuantSpec, members=(), fixed=None, pinned=None, ema_decay=0.99, learns_range=False, **kwargs
+    ):
         # Grids need float32 whatever the policy (mixed precision).
         super().__init__(**(kwargs | {"dtype": "float32"}))
         if not members and fixed is None and pinned is None:
@@ -92,18 +165,26 @@ class FakeQuantize(keras.layers.Layer):
         self.fixed = fixed
         self.pinned = pinned
         self.ema_decay = ema_decay
-        # A Python attribute, so that frozen ranges cost nothing; `train.Schedule` sets it and retraces.
+        # Python attributes, so that what is frozen costs nothing; `train.Schedule` sets them and retraces.
         self.observing = True
+        self.quantizing = True
+        self.estimator = "clipped"
         self.supports_jit = True
         if self.is_learned:
             float32 = {"dtype": "float32", "trainable": False, "autocast": False}
             count = len(self.members)
             self.range_sum = self.add_weight(name="range_sum", shape=(count, 2), initializer="zeros", **float32)
             self.range_weight = self.add_weight(name="range_weight", shape=(count,), initializer="zeros", **float32)
+        self.learns_range = learns_range and self.is_learned
+        if self.learns_range:  # of the ends, in units of the calibrated width
+            self.range_shift = self.add_weight(
+                name="range_shift", shape=(2,), initializer="zeros", dtype="float32", autocast=False
+            )
         self.built = True
 
     @property
     def is_learned(self) -> bool:
+        """Whether the range comes from data, by observation or training."""
         return self.fixed is None and self.pinned is None
 
     def ranges(self) -> np.ndarray:
@@ -116,7 +197,10 @@ class FakeQuantize(keras.layers.Layer):
             return np.array([bounds], np.float32)
         weight = ops.convert_to_numpy(self.range_weight)[:, None]
         with np.errstate(invalid="ignore", divide="ignore"):
-            return np.where(weight > 0, ops.convert_to_numpy(self.range_sum) / weight, np.float32("nan"))
+            ranges = np.where(weight > 0, ops.convert_to_numpy(self.range_sum) / weight, np.float32("nan"))
+        if self.learns_range and np.isfinite(ranges).all():
+            return np.array([[float(bound) for bound in self.bounds()]] * len(ranges), np.float32)
+        return ranges
 
     def set_range(self, member: str, minimum: float, maximum: float) -> None:
         """Starts a member's moving average at a calibrated range."""
@@ -125,6 +209,8 @@ class FakeQuantize(keras.layers.Layer):
         total[row], weight[row] = (minimum, maximum), 1.0
         self.range_sum.assign(total)
         self.range_weight.assign(weight)
+        if self.learns_range:
+            self.range_shift.assign([0.0, 0.0])
 
     def inference_parameters(self):
         """`parameters`, computed once in each traced graph: every reader of a tensor asks for them."""
@@ -145,16 +231,25 @@ class FakeQuantize(keras.layers.Layer):
         if self.pinned is not None:
             scale, zero_point = numerics.quantization_parameters(*self.pinned, self.spec)
             return tf.constant(scale, tf.float32), tf.constant(float(zero_point), tf.float32)
-        weight = tf.convert_to_tensor(self.range_weight)[:, None]
-        ranges = quotient(self.range_sum, tf.where(weight > 0, weight, 1.0))
-        low = tf.minimum(tf.reduce_min(ranges[:, 0]), 0.0)
-        high = tf.maximum(tf.reduce_max(ranges[:, 1]), 0.0)
+        low, high = self.bounds()
         smallest = float(numerics.SMALLEST_SCALE)
         if self.spec.symmetric:
             return tf.maximum(quotient(tf.maximum(-low, high), self.spec.qmax), smallest), tf.constant(0.0)
         scale = tf.maximum(quotient(high - low, self.spec.qmax - self.spec.qmin), smallest)
         zero_point = tf.round(float(self.spec.qmin) - quotient(low, scale))
         return scale, tf.clip_by_value(zero_point, float(self.spec.qmin), float(self.spec.qmax))
+
+    def bounds(self, gradient_factor: float = 1.0):
+        """The range of the group before it is nudged, float32 scalars around 0; trained ends have gradients."""
+        weight = tf.convert_to_tensor(self.range_weight)[:, None]
+        ranges = quotient(self.range_sum, tf.where(weight > 0, weight, 1.0))
+        low = tf.minimum(tf.reduce_min(ranges[:, 0]), 0.0)
+        high = tf.maximum(tf.reduce_max(ranges[:, 1]), 0.0)
+        if not self.learns_range:
+            return low, high
+        shift = scale_gradient(tf.convert_to_tensor(self.range_shift), gradient_factor) * (high - low)
+        # An end at 0 stays: what is never negative, after a ReLU, has no use for negative integers.
+        return tf.where(low < 0, tf.minimum(low + shift[0], 0.0), 0.0), tf.maximum(high + shift[1], 0.0)
 
     def grid(self) -> tuple[np.float32, int]:
         """Scale and zero point as the file stores them."""
@@ -174,17 +269,28 @@ class FakeQuantize(keras.layers.Layer):
         """Fake-quantizes `inputs` of any shape to float32; observes them first when training an observed member."""
         x = tf.cast(inputs, tf.float32)
         is_member = member is not None and member in self.members
-        if training and self.trainable and self.observing and self.is_learned and is_member:
+        if training and self.trainable and self.observing and self.is_learned and not self.learns_range and is_member:
             self.observe(tf.stop_gradient(x), str(member), ema_decay)
-        scale, zero_point = self.parameters() if training else self.inference_parameters()
-        if training:
-            low, high = scale * (self.spec.qmin - zero_point), scale * (self.spec.qmax - zero_point)
-            x = tf.quantization.fake_quant_with_min_max_vars(
-                x, low, high, num_bits=self.spec.bits, narrow_range=self.spec.qmin == -self.spec.qmax
-            )
-        else:
-            x = self.snap(x, scale, zero_point)
-        return x
+        if not training:
+            return self.snap(x, *self.inference_parameters())
+        return self._train(x) if self.quantizing else x
+
+    def _train(self, x):
+        scale, zero_point = self.parameters()
+        low, high = self.spec.qmin - zero_point, self.spec.qmax - zero_point
+        if self.learns_range:
+            count = int(np.prod([size or 1 for size in x.shape[1:]]))
+            clips = self.bounds(step_gradient_factor(count, self.spec.qmax))
+            levels = self.spec.qmax - self.spec.qmin if not self.spec.symmetric else 2 * self.spec.qmax
+            # The value of the scale with the gradient of the ends, which the smallest scale and the nudge have not.
+            width = clips[1] - clips[0] if not self.spec.symmetric else 2.0 * tf.maximum(-clips[0], clips[1])
+            scale = straight_through(scale, width / levels)
+            return fake_quantize(x, scale, (low, high), clips, self.estimator)
+        if self.estimator != "clipped":
+            return fake_quantize(x, scale, (low, high), (low * scale, high * scale), self.estimator)
+        return tf.quantization.fake_quant_with_min_max_vars(
+            x, scale * low, scale * high, num_bits=self.spec.bits, narrow_range=self.spec.qmin == -self.spec.qmax
+        )
 
     def snap(self, x, scale, zero_point):
         """Rounds half away from zero like the runtime's QUANTIZE; gradients pass inside the range."""
@@ -201,6 +307,7 @@ class FakeQuantize(keras.layers.Layer):
             "fixed": self.fixed,
             "pinned": self.pinned,
             "ema_decay": self.ema_decay,
+            "learns_range": self.learns_range,
         }
 
     @classmethod

@@ -105,6 +105,18 @@ def multiply(x, multiplier):
     return rounding_shift_64(high_multiply(x, mantissa), tf.maximum(-exponent, zero))
 
 
+def multiply_ties_up(x, multiplier):
+    """`multiply` as ruy and NEON round it, in convolutions and dense layers: every tie goes up."""
+    mantissa, exponent = multiplier
+    zero = tf.zeros_like(exponent)
+    x = _shift_left_64(x, tf.maximum(exponent, zero))
+    half = tf.constant(1 << 30, tf.int64)
+    high = tf.bitwise.right_shift(x * mantissa + half, tf.constant(31, tf.int64))
+    shift = tf.maximum(-exponent, zero)
+    rounding = tf.bitwise.right_shift(_shift_left_64(tf.ones_like(shift), shift), tf.ones_like(shift))
+    return tf.bitwise.right_shift(high + rounding, tf.broadcast_to(shift, tf.shape(high)))
+
+
 # ------------------------------------------------------------------ inverse square root
 
 _ONE_AND_A_HALF = (1 << 28) + (1 << 27)  # on the 3-integer-bit grid of the Newton iteration

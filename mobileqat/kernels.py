@@ -40,6 +40,7 @@ from mobileqat.fixed_point import (
     multiplier_16,
     multiplier_32,
     multiply,
+    multiply_ties_up,
     power_of_two,
     rounding_shift,
     rounding_shift_64,
@@ -120,6 +121,25 @@ def requantize(accumulators, scale, output: Grid, activation: str):
     low, high = output.clamp(activation)
     scaled = tf.clip_by_value(accumulators * scale, low - output.zero_point, high - output.zero_point)
     return tf.round(scaled) + output.zero_point
+
+
+def leaves_delegate(kind: str, storage_bits: int, layer) -> bool:
+    """Whether XNNPACK refuses a kernel stored as int4, so that LiteRT's built-in one unpacks and computes it.
+
+    It takes dense layers with an even number of inputs, two of which share a byte.
+    """
+    return storage_bits == 4 and not (kind == "FULLY_CONNECTED" and layer.kernel.shape[0] % 2 == 0)
+
+
+def exact_ratio(input_scale, scales, output_scale):
+    """s_in * s_w / s_out in float64, as the built-in kernels compute it."""
+    return float64(input_scale) * float64(scales) / float64(output_scale)
+
+
+def requantize_fixed_point(accumulators, ratio, output: Grid, activation: str):
+    """Accumulators to output integers by the built-in kernels: a 32-bit multiplier, then a shift, ties up in both."""
+    scaled = multiply_ties_up(tf.cast(accumulators, tf.int64), multiplier_32(ratio))
+    return tf.clip_by_value(tf.cast(scaled, tf.float32) + output.zero_point, *output.clamp(activation))
 
 
 # ------------------------------------------------------------------ element by element

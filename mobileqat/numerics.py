@@ -43,7 +43,9 @@ def quantization_parameters(minimum, maximum, spec: QuantSpec) -> tuple[np.float
 
 
 def weight_scales(weights: np.ndarray, channel_axes: tuple[int, ...], spec: QuantSpec) -> np.ndarray:
-    """Max-abs scales of symmetric weights, shaped to broadcast against them.
+    """Max-abs scales of symmetric weights, shaped to broadcast against them; of binary ones the mean-abs.
+
+    The mean of absolute values is the scale that is nearest to the weights for their signs (Rastegari et al. 2016).
 
     Args:
         weights: float array.
@@ -55,7 +57,7 @@ def weight_scales(weights: np.ndarray, channel_axes: tuple[int, ...], spec: Quan
     """
     kept = channel_axes if spec.per_channel else ()
     reduced = tuple(axis for axis in range(weights.ndim) if axis not in kept)
-    largest = np.max(np.abs(weights.astype(np.float32)), axis=reduced, keepdims=True)
+    largest = (np.mean if spec.is_binary else np.max)(np.abs(weights.astype(np.float32)), axis=reduced, keepdims=True)
     return np.where(largest > SMALLEST_WEIGHT, largest, np.float32(1)) / np.float32(spec.qmax)
 
 

@@ -58,6 +58,7 @@ from mobileqat.recipe import PathSource, Recipe, dump_recipe
 from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
+from mobileqat.schemes import get_scheme
 from mobileqat.train import fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
@@ -179,7 +180,7 @@ def _float(run: Run) -> dict:
         inputs = keras.Input(data.train.x.shape[1:], name="input")
         model = keras.Model(inputs, model(inputs), name=model.name)
     # What cannot be quantized or trained on this data is reported now, before any time goes into training.
-    plan = quantize_model(model, recipe.quantize.scheme, **_plan_options(run, model)).plan
+    plan = quantize_model(model, **_plan_options(run, model)).plan
     _check_fits(model, data)
     _announce_borders(run, plan)
     models.check_finite_weights(model)
@@ -201,10 +202,13 @@ def _float(run: Run) -> dict:
 
 
 def _plan_options(run: Run, model: keras.Model) -> dict:
-    """What is excluded, and the size to plan for where the model leaves it open."""
+    """What a recipe says of quantization, and the size to plan for where the model leaves it open."""
+    settings = run.recipe.quantize
+    scheme = replace(get_scheme(settings.scheme), narrow_storage=settings.narrow_storage)
     sizes = [size for tensor in getattr(model, "inputs", None) or [] for size in tensor.shape[1:]]
     shape = run.dataset.train.x.shape[1:] if None in sizes or not sizes else None
-    return {"exclude": run.recipe.quantize.exclude, "input_shape": shape}
+    keys = ("exclude", "layers", "weight_range", "learn_activation_ranges")
+    return {"scheme": scheme, "input_shape": shape} | {key: getattr(settings, key) for key in keys}
 
 
 def _announce_borders(run: Run, plan: QuantPlan) -> None:
@@ -238,7 +242,6 @@ def _ptq(run: Run) -> dict:
     known = recipe.quantize.input_range
     model = quantize_model(
         run.model("float"),
-        recipe.quantize.scheme,
         input_range=run.dataset.value_range if known == "data" else known,
         ema_decay=recipe.qat.ema_decay,
         **_plan_options(run, run.model("float")),

@@ -7,7 +7,7 @@ of the plan, the flatbuffer one operator per layer, and calibration, parity and 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,6 +35,8 @@ class Operator:
         activation: path of the ReLU fused into it.
         fused_activation: "NONE", "RELU" or "RELU6".
         quantized: False when it stays in float.
+        weight_spec: grid of its kernel, None without one or in float.
+        storage_bits: width in which the file holds the kernel, 4 or 8.
     """
 
     name: str
@@ -46,6 +48,8 @@ class Operator:
     activation: str | None = None
     fused_activation: str = "NONE"
     quantized: bool = True
+    weight_spec: QuantSpec | None = None
+    storage_bits: int = 8
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class QuantPlan:
                 "operator": made_by[name].kind if name in made_by else "INPUT",
                 "layers": list(made_by[name].nodes) if name in made_by else [],
                 "bits": tensor.spec.bits if tensor.spec else None,
+                "weight_bits": _weight_bits(made_by.get(name)),
                 "parameters": tensor.reason,
                 "shared_with": tensor.group if tensor.group != name else None,
             }
@@ -157,23 +162,33 @@ class QuantPlan:
         ]
 
 
+def _weight_bits(operator: Operator | None) -> list[int] | None:
+    """Width of a kernel's grid, and of what holds it in the file."""
+    spec = operator and operator.weight_spec
+    return [spec.bits, operator.storage_bits] if operator and spec else None
+
+
 def _border(tensor: str, conversion: str, made_by: str, read_by: list[str]) -> dict:
     return {"tensor": tensor, "conversion": conversion, "made_by": made_by, "read_by": read_by}
 
 
-def make_plan(graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = ()) -> QuantPlan:
+def make_plan(
+    graph: Graph, scheme: Scheme, exclude: tuple[str, ...] = (), layers: Mapping[str, QuantSpec] | None = None
+) -> QuantPlan:
     """Plans a lowered graph.
 
     Args:
         graph: from `lowering.lower`.
         scheme: grids of weights and activations.
         exclude: patterns (`fnmatch`) of layer paths that stay in float.
+        layers: other grids for the kernels of some layers, by pattern; the last pattern that matches decides.
 
     Raises:
-        MobileQatError: a pattern in `exclude` matches no layer.
+        MobileQatError: a pattern in `exclude` or `layers` matches no layer.
     """
     rules = {node.path: get_rule(node.layer) for node in graph.nodes}
     fused = _fuse(graph, _excluded(graph, exclude))
+    fused = _with_weights(fused, graph, scheme, layers or {})
     read_as_integers = _read_as_integers(fused)
     read_in_float = {name for operator in fused if not operator.quantized for name in operator.inputs}
     forms = {name: _Form(Output.OWN, name in read_as_integers or name not in read_in_float) for name in graph.inputs}
@@ -253,6 +268,38 @@ def _read_as_integers(operators: list[Operator]) -> set[str]:
         if operator.output in names if operator.kind == GONE else operator.quantized:
             names.update(operator.inputs)
     return names
+
+
+def _with_weights(
+    operators: list[Operator], graph: Graph, scheme: Scheme, layers: Mapping[str, QuantSpec]
+) -> list[Operator]:
+    """The operators with the grid of their kernel, and how it is stored."""
+    nodes = {node.path: node.layer for node in graph.nodes}
+    with_kernel = [op.name for op in operators if op.quantized and get_rule(nodes[op.name]).has_kernel]
+    specs = dict.fromkeys(with_kernel, scheme.weights)
+    for pattern, spec in layers.items():
+        matched = _matching(with_kernel, pattern)
+        if not matched:
+            raise MobileQatError(
+                f"layers={pattern!r} matches no layer of '{graph.name}' with a kernel in integers. Such layers: "
+                f"{', '.join(with_kernel)}"
+            )
+        specs |= dict.fromkeys(matched, spec)
+
+    def planned(op: Operator) -> Operator:
+        spec = specs.get(op.name)
+        if spec is None:
+            return op
+        bits = _storage_bits(op.kind, nodes[op.name], spec, scheme.narrow_storage)
+        return replace(op, weight_spec=spec, storage_bits=bits)
+
+    return [planned(op) for op in operators]
+
+
+def _storage_bits(kind: str, layer, spec: QuantSpec, narrow: bool) -> int:
+    """int4 for convolutions without groups and dense layers: others would run in slow kernels, or in none."""
+    takes_int4 = kind == "FULLY_CONNECTED" or (kind == "CONV_2D" and layer.groups == 1)
+    return 4 if narrow and takes_int4 and spec.bits <= 4 else 8
 
 
 def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import keras
@@ -20,9 +20,11 @@ from mobileqat.errors import CalibrationError, ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.lowering import expand, lower
 from mobileqat.plan import QuantPlan, make_plan
-from mobileqat.rules import CONSTANT, GONE, Output, get_rule
-from mobileqat.schemes import SCHEMES, Scheme, get_scheme
+from mobileqat.rules import CONSTANT, GONE, Output
+from mobileqat.schemes import SCHEMES, QuantSpec, Scheme, get_scheme
 from mobileqat.wrappers import QuantizeWrapper
+
+WEIGHT_RANGES = ("maxabs", "mse", "learned")
 
 
 @keras.saving.register_keras_serializable("mobileqat")
@@ -69,7 +71,9 @@ class QuantizedModel(keras.Model):
         ]
 
     def call(self, inputs, training=None, mask=None):
-        if not training and not isinstance(tf.nest.flatten(inputs)[0], keras.KerasTensor):
+        if not isinstance(tf.nest.flatten(inputs)[0], keras.KerasTensor) and (
+            not training or self._options["learn_activation_ranges"]
+        ):
             self._require_ranges()
         return super().call(inputs, training=training, mask=mask)
 
@@ -97,9 +101,12 @@ def quantize_model(
     scheme: str | Scheme = "w8a8",
     *,
     exclude: Sequence[str] = (),
+    layers: Mapping[str, str] | None = None,
     input_range: Sequence[float] | None = None,
     input_shape=None,
     ema_decay: float = 0.99,
+    weight_range: str = "maxabs",
+    learn_activation_ranges: bool = False,
     name: str | None = None,
 ) -> QuantizedModel:
     """Makes the quantized twin of a float model.
@@ -108,11 +115,18 @@ def quantize_model(
         model: a Keras 3 model, functional, sequential or subclassed, built, which is left untouched.
         scheme: a name in `mobileqat.schemes.SCHEMES`.
         exclude: patterns of layer paths that stay in float, such as `"head/*"`.
+        layers: other schemes for the kernels of some layers, by pattern: `{"block*/expand": "w4a8"}`; the last pattern
+            that matches decides.
         input_range: `(minimum, maximum)` of the input data when it is known, such as (0, 255) for pixels; its grid
             is then fixed and exact. None learns it like any other range.
         input_shape: shape of the input without the batch, to plan a model that leaves sizes open, such as
             `keras.Input((None, None, 3))`; for several inputs a list, or a dict by name.
         ema_decay: decay per step of the moving averages that follow activation ranges in training.
+        weight_range: where the scales of kernels come from, per channel. "maxabs": the largest weight, which never
+            saturates. "mse": the share of it with the least squared error, fitted by `calibrate`. "learned": from
+            there trained with the weights (LSQ, Esser et al. 2020).
+        learn_activation_ranges: train the ends of activation ranges, from where `calibrate` left them (LSQ+, Bhalgat
+            et al. 2020), rather than follow the data by moving averages.
         name: of the new model; "quantized_" and the model's name by default.
 
     Returns:
@@ -133,24 +147,41 @@ def quantize_model(
     pinned = _bounds(input_range) if input_range is not None else None
     if not 0 < ema_decay < 1:
         raise ModelError(f"ema_decay must be between 0 and 1. Received: {ema_decay}")
+    if weight_range not in WEIGHT_RANGES:
+        raise ModelError(f"weight_range must be one of {', '.join(WEIGHT_RANGES)}. Received: {weight_range!r}")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     graph = graphs.read(model, expand, input_shape)
     lowered = lower(graph, graph.inputs if pinned else ())
-    plan = make_plan(lowered, scheme, exclude)
+    plan = make_plan(lowered, scheme, exclude, _weight_specs(layers or {}, scheme))
     if not any(operator.kind not in (GONE, CONSTANT) for operator in plan.operators):
         raise ModelError(f"Model '{model.name}' computes nothing: there is no operator to quantize.")
     structures = graphs.structures(model, input_shape)
-    quantized = _build(lowered, plan, pinned, ema_decay, name or f"quantized_{model.name}", structures)
+    quantizers = _make_quantizers(plan, pinned, ema_decay, learn_activation_ranges)
+    quantized = _build(lowered, plan, quantizers, weight_range, name or f"quantized_{model.name}", structures)
     quantized._float_config, quantized._names = _describe(model), _names(model)
     quantized._options = {
         "scheme": scheme.name if SCHEMES.get(scheme.name) == scheme else asdict(scheme),
         "exclude": list(exclude),
+        "layers": dict(layers or {}),
         "input_range": pinned and list(pinned),
         "input_shape": input_shape,
         "ema_decay": ema_decay,
+        "weight_range": weight_range,
+        "learn_activation_ranges": learn_activation_ranges,
     }
     quantized.plan = plan
     return quantized
+
+
+def _weight_specs(layers: Mapping[str, str], scheme: Scheme) -> dict[str, QuantSpec]:
+    others = {pattern: get_scheme(name) for pattern, name in layers.items()}
+    for pattern, other in others.items():
+        if other.activations != scheme.activations:
+            raise ModelError(
+                f"layers={{{pattern!r}: {other.name!r}}} changes the activations of '{scheme.name}', which the layers "
+                "around share. Expected a scheme with the same activations."
+            )
+    return {pattern: other.weights for pattern, other in others.items()}
 
 
 def _bounds(input_range) -> tuple[float, float]:
@@ -206,10 +237,16 @@ def _rename(model, names: list) -> None:
         _rename(part, inner)
 
 
-def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, name: str, structures) -> QuantizedModel:
+def _build(
+    lowered: graphs.Graph,
+    plan: QuantPlan,
+    quantizers: dict[str, FakeQuantize],
+    weight_range: str,
+    name: str,
+    structures,
+) -> QuantizedModel:
     layers = {node.path: node.layer for node in lowered.nodes}
     prologues = {node.path: node.prologue for node in lowered.nodes}
-    quantizers = _make_quantizers(plan, pinned, ema_decay)
 
     def quantizer(tensor):
         planned = plan.tensors[tensor]
@@ -228,12 +265,12 @@ def _build(lowered: graphs.Graph, plan: QuantPlan, pinned, ema_decay: float, nam
             layers[operator.name],
             layers[operator.batch_norm] if operator.batch_norm else None,
             layers[operator.activation] if operator.activation else None,
-            plan.scheme.weights if operator.quantized and get_rule(layers[operator.name]).has_kernel else None,
             tuple(quantizer(tensor) for tensor in operator.inputs),
             quantizer(operator.output),
             operator.output if planned.output is Output.OWN else None,
             operator.output in plan.outputs,
             prologues[operator.name],
+            weight_range,
             name=_layer_name("quant", operator.name, names),
         )
         # A constant reads nothing; any input makes it a node of the Keras graph.
@@ -256,7 +293,7 @@ def _layer_name(prefix: str, path: str, taken: set[str]) -> str:
     return name
 
 
-def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float) -> dict[str, FakeQuantize]:
+def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float, learns: bool) -> dict[str, FakeQuantize]:
     """One `FakeQuantize` per group of tensors that share their parameters."""
     quantizers: dict[str, FakeQuantize] = {}
     names: set[str] = set()
@@ -272,6 +309,8 @@ def _make_quantizers(plan: QuantPlan, pinned, ema_decay: float) -> dict[str, Fak
             fixed,
             pinned if is_pinned else None,
             ema_decay,
+            # The range of a constant is what it holds.
+            learns and not any(plan.is_constant(member) for member in plan.members(tensor.group)),
             name=_layer_name("range", tensor.group, names),
         )
     return quantizers

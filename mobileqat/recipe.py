@@ -102,6 +102,7 @@ ThreadCounts = Annotated[
 ]
 TargetName = Annotated[str, AfterValidator(_target)]
 TargetNames = Annotated[tuple[TargetName, ...], Strict(False), Field(min_length=1), _expected(f"a list of {USAGES}")]
+SchemeName = Literal["w8a8", "w7a8", "w6a8", "w5a8", "w4a8", "w3a8", "w2a8", "w1a8"]
 TensorType = Literal["int8", "uint8", "float32"]
 Epochs = Annotated[int, Field(ge=0, description="passes over the training data")]
 LearningRate = Annotated[float, Field(gt=0, description="learning rate after warm-up")]
@@ -174,6 +175,13 @@ class Training(Section):
     warmup_epochs: float = Field(default=0.0, ge=0, description="epochs of linear warm-up; fractions are allowed")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay per step, relative to the learning rate")
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="share of each label spread over all classes")
+    clip_norm: float | None = Field(default=None, gt=0, description="largest norm of all gradients together; null: any")
+    weight_ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of the moving average of weights that is kept in their place; null: none",
+    )
 
     @model_validator(mode="after")
     def _warmup_fits_epochs(self) -> "Training":
@@ -202,6 +210,27 @@ class QatTraining(Training):
         default=0.7,
         description="share of training after which batch normalization statistics stay as they are",
     )
+    start_after: float = Field(
+        default=0.0, ge=0, lt=1, description="share of training, in float, after which quantization starts"
+    )
+    estimator: Literal["clipped", "identity", "soft"] = Field(
+        default="clipped",
+        description="gradient of rounding; clipped: 0 beyond the range; identity: 1; soft: steep between integers",
+    )
+    damping: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of a loss that pulls weights to their integers, against oscillation",
+    )
+    freeze_oscillations: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="freeze weights that flip to and fro in more steps than this share; 0: none",
+    )
+    reestimate_batch_norm: int = Field(
+        default=0, ge=0, description="batches that batch normalization statistics are taken from anew at the end"
+    )
     keep_best: bool = Field(default=True, description="keep the epoch with the best validation accuracy")
 
 
@@ -211,7 +240,20 @@ DEFAULT_PERCENTILE = 99.99
 class Quantize(Section):
     """What is quantized to what, and how ranges are first found."""
 
-    scheme: Literal["w8a8"] = Field(default="w8a8", description="bits of weights and activations")
+    scheme: SchemeName = Field(default="w8a8", description="bits of weights and activations")
+    layers: dict[str, SchemeName] = Field(
+        default={}, description="other schemes for the weights of some layers, by pattern of their paths: block*: w4a8"
+    )
+    narrow_storage: bool = Field(
+        default=True, description="store kernels of 4 bits and less as int4 where the runtime executes that"
+    )
+    weight_range: Literal["maxabs", "mse", "learned"] = Field(
+        default="maxabs",
+        description="scales of kernels: by the largest weight, by least squares, or trained from there",
+    )
+    learn_activation_ranges: bool = Field(
+        default=False, description="train activation ranges like weights rather than follow the data"
+    )
     calibration: Literal["minmax", "percentile", "mse"] = Field(
         default="minmax", description="how a range is taken from observed values"
     )
@@ -364,6 +406,9 @@ TFMOT_BARS = {"min_top1_agreement": 0.95, "min_identical_output": 0.5}
 NATIVE_KEYS = (
     *("quantize.calibration", "quantize.input_range", "quantize.exclude"),
     *("qat.distillation", "qat.temperature", "qat.ema_decay"),
+    *("quantize.scheme", "quantize.layers", "quantize.narrow_storage", "quantize.weight_range"),
+    *("quantize.learn_activation_ranges", "qat.start_after", "qat.estimator", "qat.damping"),
+    *("qat.freeze_oscillations", "qat.reestimate_batch_norm"),
     *("qat.freeze_observers_after", "qat.freeze_batch_norm_after"),
     *("parity.samples", "parity.min_identical_conv", "parity.min_identical_other", "parity.max_lsb"),
 )

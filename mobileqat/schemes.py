@@ -17,7 +17,7 @@ class QuantSpec:
     """The integer grid of one tensor, before its range is known.
 
     Args:
-        bits: width of the stored integer, 2 to 16.
+        bits: width of the integer, 1 to 16; 1 is the binary grid {-1, 1}, for weights (Courbariaux et al. 2015).
         symmetric: the zero point is 0 and the grid is [-qmax, qmax] (LiteRT's rule for weights and for int16
             activations); otherwise [-2**(bits-1), 2**(bits-1) - 1] with any zero point (int8 activations).
         per_channel: one scale per output channel instead of one for the tensor.
@@ -30,12 +30,16 @@ class QuantSpec:
     full_range: bool = False
 
     def __post_init__(self):
-        if not 2 <= self.bits <= 16:
-            raise ValueError(f"bits must be between 2 and 16. Received: bits={self.bits}")
+        if not 1 <= self.bits <= 16:
+            raise ValueError(f"bits must be between 1 and 16. Received: bits={self.bits}")
+
+    @property
+    def is_binary(self) -> bool:
+        return self.bits == 1
 
     @property
     def qmax(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return max(2 ** (self.bits - 1) - 1, 1)
 
     @property
     def qmin(self) -> int:
@@ -44,15 +48,27 @@ class QuantSpec:
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a model is quantized: one spec for weights, one for activations."""
+    """How a model is quantized.
+
+    Args:
+        name: for messages and files.
+        weights: grid of kernels.
+        activations: grid of activations.
+        narrow_storage: whether kernels of 4 bits and less are stored as int4 where the runtime executes that; its
+            dense layers are then as fast as from int8, its convolutions slower (they are unpacked, and leave the
+            delegate), and both half as large.
+    """
 
     name: str
     weights: QuantSpec
     activations: QuantSpec
+    narrow_storage: bool = True
 
 
 SCHEMES: dict[str, Scheme] = {
-    "w8a8": Scheme("w8a8", QuantSpec(8, symmetric=True, per_channel=True), QuantSpec(8)),
+    name: Scheme(name, QuantSpec(bits, symmetric=True, per_channel=True), QuantSpec(8))
+    for bits in range(8, 0, -1)
+    for name in [f"w{bits}a8"]
 }
 
 
@@ -63,7 +79,8 @@ def get_scheme(scheme: str | Scheme | dict) -> Scheme:
         MobileQatError: no scheme has that name, or no integer kernel takes its grids.
     """
     if isinstance(scheme, dict):
-        scheme = Scheme(scheme["name"], QuantSpec(**scheme["weights"]), QuantSpec(**scheme["activations"]))
+        specs = {key: QuantSpec(**scheme[key]) for key in ("weights", "activations")}
+        scheme = Scheme(**(scheme | specs))
     if isinstance(scheme, Scheme):
         if scheme.activations != QuantSpec(8):
             raise MobileQatError(f"Activations must be asymmetric int8, QuantSpec(8). Received: {scheme.activations}")

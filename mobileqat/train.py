@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
@@ -21,10 +21,12 @@ from keras import ops
 from mobileqat import graph as graphs
 from mobileqat.data import Dataset, augment_images
 from mobileqat.errors import ModelError, TrainingError
+from mobileqat.fakequant import quantize_weights
 from mobileqat.lowering import expand, lower
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
 from mobileqat.rules import Output, function_name, get_rule
+from mobileqat.wrappers import QuantizeWrapper
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,13 @@ def fit(
     initial = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
     recorder = _Recorder(model, initial, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
     all_callbacks = [recorder, *callbacks]
+    if settings.weight_ema is not None:
+        # Before the recorder, so that what is validated is what is kept.
+        all_callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
     if isinstance(settings, QatTraining):
         all_callbacks.insert(0, Schedule(model, settings))
+        if settings.freeze_oscillations:
+            all_callbacks.insert(0, OscillationFreeze(model, settings.freeze_oscillations))
     if log_dir is not None:
         all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
     try:
@@ -100,7 +107,11 @@ def fit(
     finally:
         if isinstance(model, QuantizedModel):
             freeze(model, observers=False, batch_norm=False)
-    return History(recorder.epochs, initial, recorder.keep())
+            _train_with(model)
+    best = recorder.keep()
+    if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
+        _reestimate(model, trained, train.take(settings.reestimate_batch_norm), validation, settings.keep_best)
+    return History(recorder.epochs, initial, best)
 
 
 def gives_probabilities(model: keras.Model) -> bool:
@@ -164,19 +175,26 @@ def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers
         )
     elif warmup:
         rate = keras.optimizers.schedules.PolynomialDecay(0.0, warmup, end_learning_rate=settings.learning_rate)
+    common: dict[str, Any] = {"global_clipnorm": settings.clip_norm}
+    if settings.weight_ema is not None:
+        common |= {"use_ema": True, "ema_momentum": settings.weight_ema}
     decay_rate = settings.weight_decay or None
     if settings.optimizer == "sgd":
-        return keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay_rate)
-    if settings.optimizer == "adamw":
-        return keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay)
-    return keras.optimizers.Adam(rate, weight_decay=decay_rate)
+        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay_rate, **common)
+    elif settings.optimizer == "adamw":
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, **common)
+    else:
+        optimizer = keras.optimizers.Adam(rate, weight_decay=decay_rate, **common)
+    if decay_rate:  # a range that decays would saturate more and more
+        optimizer.exclude_from_weight_decay(var_names=["range_shift", "weight_ratio"])
+    return optimizer
 
 
 # ------------------------------------------------------------------ callbacks
 
 
 class Schedule(keras.callbacks.Callback):
-    """Freezes ranges and BatchNormalization statistics after their share of the epochs.
+    """Starts quantization, and freezes ranges and BatchNormalization statistics, after their share of the epochs.
 
     The switches are Python attributes, so what is frozen costs nothing; the step is traced anew when one changes.
     """
@@ -184,11 +202,17 @@ class Schedule(keras.callbacks.Callback):
     def __init__(self, quantized: QuantizedModel, settings: QatTraining):
         super().__init__()
         self.quantized = quantized
+        self.settings = settings
+        self.quantize_from = math.ceil(settings.start_after * settings.epochs)
         self.observers_from = math.ceil(settings.freeze_observers_after * settings.epochs)
         self.batch_norm_from = math.ceil(settings.freeze_batch_norm_after * settings.epochs)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from):
+        changed = freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from)
+        changed |= _train_with(
+            self.quantized, epoch >= self.quantize_from, self.settings.estimator, self.settings.damping
+        )
+        if changed:
             self.model.make_train_function(force=True)
 
 
@@ -205,6 +229,95 @@ def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
         changed |= wrapper.batch_norm_frozen != batch_norm
         wrapper.batch_norm_frozen = batch_norm
     return changed
+
+
+def _train_with(
+    model: QuantizedModel, quantizing: bool = True, estimator: str = "clipped", damping: float = 0.0
+) -> bool:
+    """Sets how a training step quantizes; returns whether anything changed. Inference is always quantized."""
+    changed = False
+    for part in (*model.quantizers.values(), *model.operators.values()):
+        wanted = {"quantizing": quantizing, "estimator": estimator}
+        if isinstance(part, QuantizeWrapper):
+            wanted["damping"] = damping
+        changed |= any(getattr(part, name) != value for name, value in wanted.items())
+        for name, value in wanted.items():
+            setattr(part, name, value)
+    return changed
+
+
+class OscillationFreeze(keras.callbacks.Callback):
+    """Freezes weights that flip between two integers, at the one they are at more often (Nagel et al. 2022).
+
+    Per weight and step, with x its integer:  o = 1 if x moved back where it came from, else 0;  f <- m o + (1 - m) f;
+    x_ema <- m x + (1 - m) x_ema.  Where f exceeds the threshold, the weight stays at round(x_ema) from then on.
+    """
+
+    MOMENTUM = 0.01
+
+    def __init__(self, quantized: QuantizedModel, threshold: float):
+        super().__init__()
+        self.wrappers = [w for w in quantized.operators.values() if w.weight_spec is not None and w.prologue is None]
+        self.threshold = threshold
+        self.state = [self._start(wrapper) for wrapper in self.wrappers]
+        self._step = tf.function(self._all)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.wrappers and self.wrappers[0].quantizing:
+            self._step()
+
+    @staticmethod
+    def _integers(wrapper: QuantizeWrapper):
+        assert wrapper.weight_spec is not None
+        return quantize_weights(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec, wrapper.ratio())
+
+    def _start(self, wrapper: QuantizeWrapper) -> dict[str, tf.Variable]:
+        integers, _ = self._integers(wrapper)
+        zeros = tf.zeros_like(integers)
+        start = {"last": integers, "direction": zeros, "frequency": zeros, "average": integers, "frozen": zeros}
+        return {name: tf.Variable(value, trainable=False) for name, value in start.items()}
+
+    def _all(self) -> None:
+        for wrapper, state in zip(self.wrappers, self.state, strict=True):
+            integers, scales = self._integers(wrapper)
+            moved = tf.sign(integers - state["last"])
+            flipped = tf.cast(moved * state["direction"] < 0, tf.float32)
+            state["direction"].assign(tf.where(moved != 0, moved, state["direction"]))
+            for name, value in (("frequency", flipped), ("average", integers)):
+                state[name].assign_add(self.MOMENTUM * (value - state[name]))
+            frozen = tf.maximum(state["frozen"], tf.cast(state["frequency"] > self.threshold, tf.float32))
+            state["frozen"].assign(frozen)
+            kernel = tf.convert_to_tensor(wrapper.layer.kernel)
+            wrapper.layer.kernel.assign(tf.where(frozen > 0, tf.round(state["average"]) * scales, kernel))
+            state["last"].assign(tf.where(frozen > 0, tf.round(state["average"]), integers))
+
+
+def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation, keep_best: bool) -> None:
+    """Takes BatchNormalization statistics anew, under the quantized weights; only a gain stays with `keep_best`."""
+    before, accuracy = model.get_weights(), trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
+    reestimate_batch_norm(model, batches)
+    after = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
+    if keep_best and after < accuracy:
+        model.set_weights(before)
+
+
+def reestimate_batch_norm(model: QuantizedModel, batches) -> None:
+    """Sets every BatchNormalization's moving statistics to their mean over batches of (x, y) or x.
+
+    Training quantizes the weights that the statistics follow, and a moving average lags behind them.
+    """
+    layers = [w.batch_norm for w in model.operators.values() if w.batch_norm is not None]
+    momenta = [layer.momentum for layer in layers]
+    freeze(model, observers=True, batch_norm=False)
+    try:
+        for index, batch in enumerate(batches):
+            for layer in layers:  # the mean of all batches so far
+                layer.momentum = index / (index + 1)
+            model(batch[0] if isinstance(batch, tuple) else batch, training=True)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        freeze(model, observers=False, batch_norm=False)
 
 
 class _Recorder(keras.callbacks.Callback):
@@ -240,11 +353,13 @@ class _Recorder(keras.callbacks.Callback):
 
     def _stop(self, what: str) -> NoReturn:
         """Puts the weights of the last good epoch back and ends the training."""
-        self.watched.set_weights(self._last_finite)
+        broken = [v.path for v in self.watched.weights if not np.isfinite(ops.convert_to_numpy(v)).all()]
+        where = f" Not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}." if broken else ""
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        self.watched.set_weights(self._last_finite)
         raise TrainingError(
-            f"{what} epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}. The model has the weights of the epoch "
-            "before. Lower the learning rate, or look for NaN in the data."
+            f"{what} epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}.{where} The model has the weights "
+            "of the epoch before. Lower the learning rate, or look for NaN in the data."
         )
 
     def keep(self) -> int | None:

@@ -15,7 +15,15 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat import kernels, numerics
-from mobileqat.fakequant import FakeQuantize, product, quantize_weights, quotient, straight_through
+from mobileqat.fakequant import (
+    FakeQuantize,
+    fake_quantize_weights,
+    product,
+    quantize_weights,
+    quotient,
+    straight_through,
+    weight_scales,
+)
 from mobileqat.kernels import Grid
 from mobileqat.plan import Operator
 from mobileqat.rules import CONSTANT, GONE, Output, get_rule
@@ -38,12 +46,12 @@ class QuantizeWrapper(keras.layers.Layer):
         layer: the leading layer, linear.
         batch_norm: BatchNormalization folded into it, or None.
         activation: ReLU fused into it, or None.
-        weight_spec: grid of the kernel, None for layers without one.
         input_quantizers: one `FakeQuantize` per input, None where the input is float.
         output_quantizer: the output's `FakeQuantize`, None where it is float.
         member: name under which the output is observed, None where its range is not its own.
         is_output: the output leaves the model.
         prologue: `(scale, offset)` per input channel, float32, that the kernel takes in: preprocessing.
+        weight_range: "maxabs", "mse" or "learned"; see `quantize_model`.
     """
 
     def __init__(
@@ -52,12 +60,12 @@ class QuantizeWrapper(keras.layers.Layer):
         layer: keras.layers.Layer,
         batch_norm: keras.layers.Layer | None = None,
         activation: keras.layers.Layer | None = None,
-        weight_spec: QuantSpec | None = None,
         input_quantizers: tuple[FakeQuantize | None, ...] = (),
         output_quantizer: FakeQuantize | None = None,
         member: str | None = None,
         is_output: bool = False,
         prologue: tuple[np.ndarray, np.ndarray] | None = None,
+        weight_range: str = "maxabs",
         **kwargs,
     ):
         # Quantizers compute in float32 whatever the policy; the wrapped layers keep theirs (mixed precision).
@@ -67,14 +75,30 @@ class QuantizeWrapper(keras.layers.Layer):
         self.layer = layer
         self.batch_norm = batch_norm
         self.activation = activation
-        self.weight_spec = weight_spec
         self.input_quantizers = list(input_quantizers)
         self.output_quantizer = output_quantizer
         self.member = member
         self.is_output = is_output
         self.prologue = prologue
-        # A Python attribute like FakeQuantize.observing; `train.Schedule` sets it and retraces.
+        # Python attributes like FakeQuantize.observing; `train.Schedule` sets them and retraces.
         self.batch_norm_frozen = False
+        self.quantizing = True
+        self.estimator = "clipped"
+        self.damping = 0.0
+        self.weight_ratio = None
+        if self.weight_spec is not None and weight_range != "maxabs":
+            shape = tuple(
+                weight_scales(tf.convert_to_tensor(layer.kernel), self.rule.channel_axes, self.weight_spec).shape
+            )
+            # The scales' share of the largest: 1 saturates no weight.
+            self.weight_ratio = self.add_weight(
+                name="weight_ratio",
+                shape=shape,
+                initializer="ones",
+                trainable=weight_range == "learned",
+                dtype="float32",
+                autocast=False,
+            )
         self.supports_jit = True
         self.built = True
 
@@ -82,12 +106,17 @@ class QuantizeWrapper(keras.layers.Layer):
         is_constant = self.operator.kind == CONSTANT
         if self.operator.quantized and not training and not is_constant:
             return self._infer(tf.nest.flatten(inputs))
-        x = as_float32(self.float_call(inputs, training, quantized=self.operator.quantized))
+        x = as_float32(self.float_call(inputs, training, quantized=self.operator.quantized and self.quantizing))
         if self._quantizes_output(training):
             # The range of a constant is what it holds now, not what it held on average.
             decay = 0.0 if is_constant else None
             return self.output_quantizer(x, member=self.member, training=training, ema_decay=decay)
         return x
+
+    @property
+    def weight_spec(self) -> QuantSpec | None:
+        """Grid of the kernel, None for layers without one."""
+        return self.operator.weight_spec
 
     @property
     def rounds(self) -> bool:
@@ -120,11 +149,34 @@ class QuantizeWrapper(keras.layers.Layer):
             return self.layer(inputs, **arguments)
         kernel = self.kernel()
         if spec is not None:
-            integers, scales = quantize_weights(kernel, self.rule.channel_axes, spec)
-            kernel = integers * scales
+            real = kernel
+            kernel = fake_quantize_weights(real, self.rule.channel_axes, spec, self.ratio(), self.estimator)
+            if training and self.damping:  # pulls weights to the middle of their step (Nagel et al. 2022)
+                distance = tf.square(tf.stop_gradient(kernel) - real)
+                self.add_loss(self.damping * tf.reduce_sum(distance))
         with keras.StatelessScope(state_mapping=[(self.layer.kernel, kernel)]):
             x = self.layer(inputs, **arguments)
         return x if self.prologue is None else x + tf.cast(self._offset(), x.dtype)
+
+    def ratio(self):
+        """The scales' share of the largest useful ones, in (0, 1]; None where it is 1."""
+        if self.weight_ratio is None:
+            return None
+        return tf.clip_by_value(tf.convert_to_tensor(self.weight_ratio), 0.01, 1.0)
+
+    def fit_weight_range(self) -> None:
+        """Sets the scales of the kernel to those with the least squared error, per channel, of 71 shares."""
+        spec = self.weight_spec
+        if self.weight_ratio is None or spec is None:
+            return
+        kernel, axes = self.kernel(), self.rule.channel_axes
+        reduced = [axis for axis, size in enumerate(self.weight_ratio.shape) if size == 1]
+        shares = np.linspace(1.0, 0.3, 71, dtype=np.float32)
+        errors = []
+        for share in shares:
+            integers, scales = quantize_weights(kernel, axes, spec, tf.fill(self.weight_ratio.shape, share))
+            errors.append(tf.reduce_sum(tf.square(integers * scales - kernel), reduced, keepdims=True))
+        self.weight_ratio.assign(tf.gather(tf.constant(shares), tf.argmin(tf.stack(errors))))
 
     def kernel(self):
         """The kernel that is applied to the input as it comes: with the prologue's scale taken in."""
@@ -185,15 +237,20 @@ class QuantizeWrapper(keras.layers.Layer):
         centred = straight_through(tf.round(centred), centred)
         accumulators = kernels.accumulate(self.operator.kind, self.layer, centred, weights)
         accumulators += straight_through(tf.round(bias), bias)
-        integers = kernels.requantize(
-            accumulators,
-            quotient(product(grid.scale, scales), output.scale),
-            output,
-            self.operator.fused_activation,
-        )
+        integers = self._requantize(accumulators, grid.scale, scales, output)
         low, high = output.clamp(self.operator.fused_activation)
         clipped = tf.clip_by_value(accumulators * (grid.scale * scales), output.real(low), output.real(high))
         return straight_through(output.real(integers), clipped)
+
+    def _requantize(self, accumulators, input_scale, scales, output: Grid):
+        """As the kernel does that runs: the delegate's, or the built-in one where the delegate refuses int4."""
+        activation = self.operator.fused_activation
+        if kernels.leaves_delegate(self.operator.kind, self.operator.storage_bits, self.layer):
+            ratio = kernels.exact_ratio(input_scale, scales, output.scale)
+            return kernels.requantize_fixed_point(accumulators, ratio, output, activation)
+        return kernels.requantize(
+            accumulators, quotient(product(input_scale, scales), output.scale), output, activation
+        )
 
     def grid(self, quantizer: FakeQuantize) -> Grid:
         """A tensor's grid, for `kernels`."""
@@ -215,7 +272,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """
         axes = self.rule.channel_axes
         kernel = self.kernel()
-        integers, scales = quantize_weights(kernel, axes, self.weight_spec)
+        integers, scales = quantize_weights(kernel, axes, self.weight_spec, self.ratio())
         channel_shape = [size if axis in axes else 1 for axis, size in enumerate(kernel.shape)]
         scales = tf.reshape(tf.broadcast_to(scales, channel_shape), [-1])
         bias = self.bias()

@@ -102,9 +102,15 @@ def test_pinned_to_a_core(dense):
         pytest.skip("this platform cannot pin a process")
     core = min(os.sched_getaffinity(0))
     assert measure.measure({"m": dense}, settings=replace(FEW, cpus=f"{core},{core}-{core}")).records["m"].runs == 3
-    for cpus in ("100000", "big", "", "3-"):
-        with pytest.raises(MobileQatError, match="Expected cores as a list"):
-            measure.measure({"m": dense}, settings=replace(FEW, cpus=cpus))
+    with pytest.raises(MobileQatError, match="Expected cores that this process may use"):
+        measure.measure({"m": dense}, settings=replace(FEW, cpus="100000"))
+
+
+@pytest.mark.parametrize("cpus", ["big", "", "3-", "5-4", "1,,2", "-1"])
+def test_lists_of_cores(cpus):
+    assert child.core_numbers("0,4-6") == [0, 4, 5, 6] and child.core_numbers(None) == []
+    with pytest.raises(DeviceError, match="Expected cores as a list such as 0 or 0,4-7"):
+        child.core_numbers(cpus)
 
 
 def test_several_files(dense):

@@ -130,7 +130,7 @@ def test_exclude_must_match():
 def test_rows_for_reports():
     rows = json.loads(json.dumps(plan_of(small_model()).rows()))
     assert rows[0] == {
-        "tensor": "x", "shape": [9, 9, 3], "operator": "INPUT", "layers": [], "bits": 8,
+        "tensor": "x", "shape": [9, 9, 3], "operator": "INPUT", "layers": [], "bits": 8, "weight_bits": None,
         "parameters": "a range of its own", "shared_with": None,
     }  # fmt: skip
     assert rows[2]["tensor"] == "pool" and rows[2]["shared_with"] == "relu"

@@ -15,13 +15,15 @@ from mobileqat.schemes import SCHEMES, QuantSpec, get_scheme
         (QuantSpec(4, symmetric=True), (-7, 7)),
         (QuantSpec(16, symmetric=True), (-32767, 32767)),
         (QuantSpec(2), (-2, 1)),
+        (QuantSpec(2, symmetric=True), (-1, 1)),
+        (QuantSpec(1, symmetric=True), (-1, 1)),
     ],
 )
 def test_bounds(spec, bounds):
     assert (spec.qmin, spec.qmax) == bounds
 
 
-@pytest.mark.parametrize("bits", [-8, 0, 1, 17, 32])
+@pytest.mark.parametrize("bits", [-8, 0, 17, 32])
 def test_refuses_bits(bits):
     with pytest.raises(ValueError, match=f"bits={bits}"):
         QuantSpec(bits)

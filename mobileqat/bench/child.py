@@ -7,6 +7,7 @@ else's.  Several files in one process take turns, so that drift of the machine h
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,19 @@ def write_jobs(
         "models": models,
     }
     (folder / "job.json").write_text(json.dumps(description), encoding="utf-8")
+
+
+def core_numbers(cpus: str | None) -> list[int]:
+    """A list of cores such as "0,4-5" as [0, 4, 5]; None is empty.
+
+    Raises:
+        DeviceError: it is no such list.
+    """
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in cpus.split(",")] if cpus is not None else []
+    numbers = [n for part in parts if part for n in range(int(part[1]), int(part[2] or part[1]) + 1)]
+    if not all(parts) or (parts and not numbers):
+        raise DeviceError(f"Expected cores as a list such as 0 or 0,4-7. Received: '{cpus}'")
+    return numbers
 
 
 def run_command(

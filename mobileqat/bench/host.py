@@ -35,7 +35,7 @@ class Host:
         import_runtime(settings.runtime)
         version = available_runtimes()[settings.runtime]
         with tempfile.TemporaryDirectory(prefix="mobileqat-bench-") as folder:
-            child.write_jobs(Path(folder), jobs, settings, cpus=parse_cpus(settings.cpus))
+            child.write_jobs(Path(folder), jobs, settings, cpus=_allowed_cores(settings.cpus))
             command = [sys.executable, str(child.WORKER), folder]
             done = child.run_command(command, settings.timeout_s, "the benchmark")
             rows = child.read_result(Path(folder), done, f"{settings.runtime} on this machine")["models"]
@@ -61,26 +61,19 @@ def describe_machine() -> dict[str, Any]:
     return {"cpu": _cpu_model(), "cores": os.cpu_count(), "platform": platform.platform()}
 
 
-def parse_cpus(cpus: str | None) -> list[int]:
+def _allowed_cores(cpus: str | None) -> list[int]:
     """Core numbers of a list such as "0" or "0,2-3".
 
     Raises:
-        MobileQatError: no such list, a core that this process may not use, or a platform that cannot pin.
+        DeviceError: no such list.
+        MobileQatError: a core that this process may not use, or a platform that cannot pin.
     """
-    if cpus is None:
-        return []
-    if not hasattr(os, "sched_setaffinity"):
+    numbers = child.core_numbers(cpus)
+    if numbers and not hasattr(os, "sched_setaffinity"):
         raise MobileQatError(f"This platform cannot pin a process. Received: cpus {cpus}, expected none.")
-    allowed = sorted(os.sched_getaffinity(0))
-    try:
-        bounds = [[int(number) for number in part.split("-")] for part in cpus.split(",")]
-        numbers = [number for first, *last in bounds for number in range(first, (last or [first])[0] + 1)]
-    except ValueError:
-        numbers = []
-    if not numbers or not set(numbers) <= set(allowed):
-        raise MobileQatError(
-            f"Expected cores as a list such as 0,2-3, of those allowed here: {allowed}. Received: {cpus}"
-        )
+    if numbers and not set(numbers) <= os.sched_getaffinity(0):
+        allowed = sorted(os.sched_getaffinity(0))
+        raise MobileQatError(f"Expected cores that this process may use, of {allowed}. Received: {cpus}")
     return numbers
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 
 from rich.console import Console
 from rich.table import Table
@@ -33,6 +32,10 @@ def print_comparison(comparison: Comparison, compare: bool) -> None:
     console.print(_files(comparison))
     name, first = next(iter(comparison.records.items()))
     console.print(_how(first), markup=False)
+    for other, record in comparison.records.items():
+        if record.details:
+            details = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in record.details.items())
+            console.print(f"{other}: {details}", markup=False)
     for warning in first.warnings:
         console.print(f"warning: {warning}", style="yellow", markup=False)
     for other, record in comparison.records.items():
@@ -96,20 +99,14 @@ def _short_names(paths: Iterable[str]) -> dict[str, str]:
 
 def _extra_columns(comparison: Comparison) -> dict:
     """Columns that only some targets have."""
-    details = dict.fromkeys(key for record in comparison.records.values() for key in record.details)
     columns: dict[str, Callable[[Record], str]] = {
         "init": lambda r: formats.milliseconds(r.init_ms),
         "peak memory": lambda r: formats.megabytes(r.peak_memory_bytes),
         "delegated": lambda r: f"{r.delegate.operators} of {r.delegate.of}" if r.delegate else formats.MISSING,
         "outputs as here": lambda r: formats.exact_percent(r.agreement.identical if r.agreement else None),
     }
-    columns |= {key.replace("_", " "): partial(_detail, key) for key in details}
     records = comparison.records.values()
     return {name: cell for name, cell in columns.items() if any(cell(r) != formats.MISSING for r in records)}
-
-
-def _detail(key: str, record: Record) -> str:
-    return str(record.details.get(key, formats.MISSING))
 
 
 def _how(record: Record) -> str:
