@@ -6,7 +6,7 @@ Rounding to nearest is best for each weight alone, not for a layer's output.  La
     min  |f(w(V) x') - f(w x)|**2 + lambda * sum(1 - |2 h(V) - 1|**beta),   beta annealed from 20 to 2
 
 where x' comes from the quantized layers before it, x from the float ones, and f holds BatchNormalization and ReLU.
-The scale stays: the largest weight of a channel, which defines it, keeps its integer.
+The scale stays: the largest weight of a channel, which defines it, and weights that saturate keep their integers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat.errors import CalibrationError
-from mobileqat.fakequant import weight_scales
+from mobileqat.fakequant import quantize_weights
 from mobileqat.layerwise import Step, shared_layers, walk
 from mobileqat.quantize import QuantizedModel
 from mobileqat.schemes import QuantSpec
@@ -87,8 +87,8 @@ def adaround(
     shared, rows = shared_layers(model), []
     for step in walk(model, samples):
         spec = step.wrapper.weight_spec
-        # A shared kernel sees several inputs; it stays rounded to nearest.
-        if spec is not None and step.wrapper.operator.name not in shared:
+        # A shared kernel sees several inputs, and a binary one has no next integer: they stay as they are.
+        if spec is not None and not spec.is_binary and step.wrapper.operator.name not in shared:
             rows.append(_Layer(step, spec).round(steps, batch_size, learning_rate, seed))
     return rows
 
@@ -99,10 +99,11 @@ class _Layer:
     def __init__(self, step: Step, spec: QuantSpec):
         self.step, self.wrapper, self.targets = step, step.wrapper, step.float_output
         self.spec = spec
-        self.scales = weight_scales(self.wrapper.kernel(), self.wrapper.rule.channel_axes, spec)
-        self.scaled = self.wrapper.kernel() / self.scales
+        self.kernel = self.wrapper.kernel()
+        _, self.scales = quantize_weights(self.kernel, self.wrapper.rule.channel_axes, spec, self.wrapper.ratio())
+        self.scaled = self.kernel / self.scales
         self.floor = tf.floor(self.scaled)
-        # Those that define a scale.
+        # Those that define a scale, and those that saturate.
         self.is_fixed = tf.abs(self.scaled) > spec.qmax - 1e-4
         self.power = float(np.mean(np.square(self.targets))) or 1.0
 
@@ -140,14 +141,14 @@ class _Layer:
 
     def _integers(self, up):
         """Weights in units of their scales, rounded up by a share in [0, 1]."""
-        inside = tf.clip_by_value(self.floor + up, self.spec.qmin, self.spec.qmax)
-        return tf.where(self.is_fixed, tf.round(self.scaled), inside)
+        shifted = tf.where(self.is_fixed, tf.round(self.scaled), self.floor + up)
+        return tf.clip_by_value(shifted, self.spec.qmin, self.spec.qmax)
 
     def _kernel(self, integers):
         """The layer's own kernel with these integers, and with the scales that it has."""
         largest = self.scales * self.spec.qmax
-        kernel = tf.where(self.is_fixed, self.scaled, integers) * self.scales
-        return self.wrapper.layer_kernel(tf.clip_by_value(kernel, -largest, largest))
+        inside = tf.clip_by_value(integers * self.scales, -largest, largest)
+        return self.wrapper.layer_kernel(tf.where(self.is_fixed, self.kernel, inside))
 
     def _output(self, inputs, integers):
         """The layer's float output with other weights."""

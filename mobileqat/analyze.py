@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from mobileqat.calibrate import as_arrays
 from mobileqat.errors import ModelError
+from mobileqat.fakequant import FakeQuantize
 from mobileqat.layerwise import Step, walk
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT
@@ -29,7 +30,7 @@ BINS = 64
 LOUD_OUTLIERS = 4.0
 LARGE_IMBALANCE = 30.0
 MUCH_CLIPPED = 0.01
-NEGLIGIBLE = 0.001
+NOISE_SAMPLES = 2  # a metric that so many samples decide is taken as unchanged
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Activations:
         imbalance: widest range of a channel over the median one.
         dead_channels: channels that have the same value for every sample and place.
         channels: how many there are.
+        is_own: whether the range is observed here, not fixed by the kernel or shared with the input.
         histogram: of the float values.
     """
 
@@ -86,6 +88,7 @@ class Activations:
     imbalance: float
     dead_channels: tuple[int, ...]
     channels: int
+    is_own: bool
     histogram: Histogram
 
 
@@ -98,6 +101,7 @@ class Layer:
         kind: LiteRT operator.
         sqnr_db: of its output with the whole model quantized: noise from before is in it.
         own_sqnr_db: of its output with float values, rounded to their grids, as inputs.
+        channel_sqnr_db: the same of the median channel: noise that one wide channel drowns in the sum.
         only: the metric with this operator in integers and all others in float; None without a metric.
         without: the metric with this operator in float and all others in integers.
         weights: None for an operator without a kernel.
@@ -109,6 +113,7 @@ class Layer:
     kind: str
     sqnr_db: float
     own_sqnr_db: float
+    channel_sqnr_db: float
     only: float | None
     without: float | None
     weights: Weights | None
@@ -164,9 +169,10 @@ def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, b
             only, without = score({layer.name: 1}), score(all_integer | {layer.name: 0})
             layers[index] = Layer(**vars(layer) | {"only": only, "without": without})
     layers = [Layer(**vars(layer) | {"advice": tuple(_advice(layer))}) for layer in layers]
-    ranked = tuple(sorted(layers, key=partial(_rank, float_metric)))
     count = len(as_arrays(model, samples)[0])
-    recommendation = _recommend(ranked, float_metric, quantized_metric)
+    noise = NOISE_SAMPLES / count
+    ranked = tuple(sorted(layers, key=partial(_rank, float_metric, noise)))
+    recommendation = _recommend(ranked, float_metric, quantized_metric, noise)
     return Analysis(model.name, count, float_metric, quantized_metric, ranked, recommendation)
 
 
@@ -241,10 +247,11 @@ def _measure(step: Step, model: QuantizedModel) -> Layer:
         wrapper.operator.kind,
         sqnr_db(real, step.run(wrapper, step.inputs)),
         sqnr_db(real, own),
+        _channel_sqnr_db(real, own),
         None,
         None,
         _weights(step) if wrapper.weight_spec is not None else None,
-        _activations(real, model.quantizers[wrapper.operator.output]),
+        _activations(real, model.quantizers[wrapper.operator.output], wrapper.operator.output),
     )
 
 
@@ -253,6 +260,15 @@ def sqnr_db(real: np.ndarray, rounded: np.ndarray) -> float:
     noise = float(np.mean(np.square(real - rounded), dtype=np.float64))
     signal = float(np.mean(np.square(real), dtype=np.float64))
     return 10.0 * float(np.log10(max(signal, 1e-30) / max(noise, 1e-20 * signal, 1e-30)))
+
+
+def _channel_sqnr_db(real: np.ndarray, rounded: np.ndarray) -> float:
+    """SQNR of the median one of the channels that are not 0 throughout."""
+    channels = real.shape[-1]
+    ratios = [
+        sqnr_db(real[..., channel], rounded[..., channel]) for channel in range(channels) if np.any(real[..., channel])
+    ]
+    return float(np.median(ratios)) if ratios else sqnr_db(real, rounded)
 
 
 def _weights(step: Step) -> Weights:
@@ -269,7 +285,7 @@ def _weights(step: Step) -> Weights:
     return Weights(spec.bits, sqnr, float(np.mean(integers == 0)), dead, len(is_dead), histogram)
 
 
-def _activations(real: np.ndarray, quantizer) -> Activations:
+def _activations(real: np.ndarray, quantizer: FakeQuantize, name: str) -> Activations:
     scale, zero_point = quantizer.grid()
     low, high = (float(scale) * (bound - zero_point) for bound in (quantizer.spec.qmin, quantizer.spec.qmax))
     central = np.quantile(real, [0.0005, 0.9995])
@@ -288,6 +304,7 @@ def _activations(real: np.ndarray, quantizer) -> Activations:
         float(alive.max() / np.median(alive)) if len(alive) else 1.0,
         tuple(np.flatnonzero(spans == 0).tolist()),
         len(spans),
+        quantizer.is_learned and name in quantizer.members,
         Histogram(float(edges[0]), float(edges[-1]), tuple(counts.tolist())),
     )
 
@@ -295,35 +312,33 @@ def _activations(real: np.ndarray, quantizer) -> Activations:
 # ------------------------------------------------------------------ in words
 
 
-def _rank(float_metric: float | None, layer: Layer) -> tuple[float, float]:
+def _rank(float_metric: float | None, noise: float, layer: Layer) -> tuple[float, float]:
+    """By the metric where it tells, then by the SQNR."""
     loss = float_metric - layer.only if float_metric is not None and layer.only is not None else 0.0
-    # Differences below a thousandth are the samples' noise; there the SQNR decides.
-    return -round(loss, 3) if loss > NEGLIGIBLE else 0.0, layer.own_sqnr_db
+    return -loss if loss > noise else 0.0, min(layer.own_sqnr_db, layer.channel_sqnr_db)
 
 
 def _advice(layer: Layer) -> list[str]:
     values, weights, advice = layer.activations, layer.weights, []
-    if values.outliers > LOUD_OUTLIERS:
-        advice.append(
-            f"outliers: 99.9 % of the values take {1 / values.outliers:.0%} of the grid; calibrate with percentile or mse"
-        )
-    if values.clipped > MUCH_CLIPPED:
-        advice.append(
-            f"clipped: {values.clipped:.1%} of the values lie beyond the grid; calibrate on more or other data"
-        )
+    # A range that a kernel fixes, or that comes from the input, is not this layer's to change.
+    if values.outliers > LOUD_OUTLIERS and values.is_own:
+        share = f"{1 / values.outliers:.0%}"
+        advice.append(f"outliers: 99.9 % of the values take {share} of the grid; calibrate with percentile or mse")
+    if values.clipped > MUCH_CLIPPED and values.is_own:
+        advice.append(f"clipped: {values.clipped:.1%} of the values lie beyond the grid; calibrate on other data")
     if values.imbalance > LARGE_IMBALANCE:
         advice.append(f"the widest channel has {values.imbalance:.0f} times the usual range; try equalize")
-    if weights is not None and weights.bits < 8 and weights.sqnr_db < 20:
-        advice.append(
-            f"weights of {weights.bits} bits lose most here ({weights.sqnr_db:.1f} dB); try adaround or 8 bits"
-        )
-    dead = len(values.dead_channels)
-    if dead and values.channels > 1:
+    if weights is not None and weights.bits < 8 and weights.sqnr_db < layer.own_sqnr_db + 3:
+        advice.append(f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB); try adaround, or more")
+    if values.dead_channels and values.channels > 1:
+        dead = len(values.dead_channels)
         advice.append(f"{dead} of {values.channels} channels never change; they can be pruned")
     return advice
 
 
-def _recommend(layers: tuple[Layer, ...], float_metric: float | None, quantized_metric: float | None) -> str:
+def _recommend(
+    layers: tuple[Layer, ...], float_metric: float | None, quantized_metric: float | None, noise: float
+) -> str:
     if not layers:
         return "No operator rounds: there is nothing to analyze."
     worst = layers[0]
@@ -331,15 +346,18 @@ def _recommend(layers: tuple[Layer, ...], float_metric: float | None, quantized_
         text = f"'{worst.name}' adds the most noise: {worst.own_sqnr_db:.1f} dB."
         return " ".join([text, *map(_sentence, worst.advice[:1])])
     loss = float_metric - quantized_metric
-    if loss <= NEGLIGIBLE:
-        return f"Quantization costs {100 * loss:.2f} points: there is nothing to repair."
+    if loss <= noise:
+        return "Quantization costs nothing that these samples show: there is nothing to repair."
     best = max(layers, key=lambda layer: layer.without or 0.0)
     gain = (best.without or 0.0) - quantized_metric
     text = f"Quantization costs {100 * loss:.2f} points."
-    if gain > NEGLIGIBLE:
-        text += f" With '{best.name}' alone in float (exclude) {100 * gain:.2f} of them come back."
-        return " ".join([text, *map(_sentence, best.advice[:1])])
-    return f"{text} No single layer is to blame: fine-tune with QAT, or try adaround and correct_bias."
+    alone = float_metric - (worst.only or 0.0)
+    if gain <= noise and alone > noise and worst.advice:
+        return " ".join([f"{text} '{worst.name}' alone costs {100 * alone:.2f}.", _sentence(worst.advice[0])])
+    if gain <= noise:
+        return f"{text} No single layer is to blame: fine-tune with QAT, or try adaround and correct_bias."
+    text += f" With '{best.name}' alone in float {100 * gain:.2f} of them come back."
+    return " ".join([text, *map(_sentence, best.advice[:1] or [f"exclude it: quantize.exclude [{best.name}]"])])
 
 
 def _sentence(advice: str) -> str:

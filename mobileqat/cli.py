@@ -459,6 +459,41 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
 
 
 @command
+@click.argument("model", type=EXISTING)
+@data_options(required=True)
+@click.option("--scheme", default="w8a8", help="For a float MODEL.")
+@click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax", help="Likewise.")
+@click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration, likewise.")
+@click.option("--limit", default=512, type=click.IntRange(1), help="Validation samples to run on.")
+@click.option("--out", type=EXISTING, help="Folder for analysis.json and charts.")
+@json_option
+def analyze(model, source, data_path, image_size, scheme, method, samples, limit, out, as_json) -> None:
+    """Say what quantization costs in MODEL, layer by layer.
+
+    SQNR is the power of a layer's float outputs over that of the error that rounding makes, with float values as its
+    inputs, of all channels or of the median one; "alone" is the change of accuracy with only this layer in integers, "all but it" with only this one in
+    float. The layers that cost most come first.
+
+    \b
+    Example:
+      mobileqat analyze runs/digits/models/ptq.keras --data digits --out analysis
+    """
+    from mobileqat import models, pipeline
+    from mobileqat.report.layers import print_analysis, write_analysis
+
+    dataset = pipeline.load_data(source, data_path, image_size)
+    result = pipeline.analyze_model(models.load_model(model), dataset, scheme, method, samples, limit).to_dict()
+    if out is not None:
+        write_analysis(result, out)
+    if as_json:
+        _print_json(result)
+        return
+    print_analysis(result)
+    if out is not None:
+        click.echo(f"Charts: {out}")
+
+
+@command
 @click.argument("files", type=EXISTING, nargs=-1, required=True)
 @targets_option(("host",))
 @click.option("--runs", default=200, type=click.IntRange(1), help="Timed inferences.")

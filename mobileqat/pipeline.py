@@ -23,6 +23,8 @@ import keras
 import numpy as np
 
 from mobileqat import flatbuffer, models, parity, report
+from mobileqat.adaround import Rounding, adaround
+from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
 from mobileqat.bench.measure import (
     compare_outputs,
@@ -36,9 +38,11 @@ from mobileqat.bench.measure import (
 )
 from mobileqat.bench.record import Agreement, Job, Record, Settings, Target
 from mobileqat.bench.targets import parse_target, require_target
+from mobileqat.bias_correction import BiasCorrection, correct_bias
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
+from mobileqat.equalize import equalize
 from mobileqat.errors import (
     CalibrationError,
     CheckFailed,
@@ -247,10 +251,26 @@ def _ptq(run: Run) -> dict:
         **_plan_options(run, run.model("float")),
     )
     samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
+    equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
+    rounded = _adaround(run, model)
+    corrected = correct_bias(model, samples) if recipe.quantize.correct_bias else BiasCorrection({}, {})
     run.keep_model("ptq", model)
-    return {"plan": plan_rows(model)}
+    return {
+        "plan": plan_rows(model),
+        "equalized": [vars(pair) for pair in equalized],
+        "rounded": [vars(row) for row in rounded],
+        "bias_not_corrected": corrected.skipped,
+    }
+
+
+def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
+    settings = run.recipe.quantize.adaround
+    if settings.steps == 0:
+        return []
+    samples = calibration_samples(run.dataset, settings.samples, run.recipe.seed)
+    return adaround(model, samples, seed=run.recipe.seed, **settings.model_dump(exclude={"samples"}))
 
 
 def _qat(run: Run) -> dict | None:
@@ -560,23 +580,42 @@ def convert_model(
     ranges: Path | None = None,
 ) -> bytes:
     """Converts a quantized model as it is, or a float model with ranges from `dataset`, imported ones, or both."""
-    if not isinstance(model, QuantizedModel):
-        if dataset is None and ranges is None:
-            raise MobileQatError(
-                f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
-            )
-        # An imported range of the input counts more than what is known of the data.
-        model = quantize_model(model, scheme, input_range=dataset.value_range if dataset and not ranges else None)
-        if dataset is not None:
-            calibrate(model, calibration_samples(dataset, samples, seed=0), method)
-        if ranges is not None:
-            missing = set_ranges(model, ranges).missing
-            if missing and dataset is None:
-                raise CalibrationError(
-                    f"'{ranges}' has no range for {len(missing)} tensors: {', '.join(missing[:5])}. Add --data SOURCE "
-                    "to calibrate them."
-                )
+    model = _quantized(model, dataset, scheme, method, samples, ranges)
     return convert(model, input_type=input_type, output_type=output_type)
+
+
+def _quantized(
+    model: keras.Model,
+    dataset: Dataset | None,
+    scheme: str,
+    method: str,
+    samples: int,
+    ranges: Path | None = None,
+) -> QuantizedModel:
+    if isinstance(model, QuantizedModel):
+        return model
+    if dataset is None and ranges is None:
+        raise MobileQatError(
+            f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
+        )
+    # An imported range of the input counts more than what is known of the data.
+    model = quantize_model(model, scheme, input_range=dataset.value_range if dataset and not ranges else None)
+    if dataset is not None:
+        calibrate(model, calibration_samples(dataset, samples, seed=0), method)
+    if ranges is not None:
+        missing = set_ranges(model, ranges).missing
+        if missing and dataset is None:
+            raise CalibrationError(
+                f"'{ranges}' has no range for {len(missing)} tensors: {', '.join(missing[:5])}. Add --data SOURCE "
+                "to calibrate them."
+            )
+    return model
+
+
+def analyze_model(model: keras.Model, dataset: Dataset, scheme: str, method: str, samples: int, limit: int) -> Analysis:
+    """What each layer of a quantized model costs, or of a float model quantized first, on validation samples."""
+    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    return analyze(_quantized(model, dataset, scheme, method, samples), x, lambda outputs: accuracy(outputs, labels))
 
 
 def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str) -> parity.Parity:
@@ -637,6 +676,7 @@ def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str,
 
 __all__ = [
     "Run",
+    "analyze_model",
     "convert_model",
     "environment",
     "evaluate_file",

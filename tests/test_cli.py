@@ -19,6 +19,7 @@ from mobileqat import cli
 from mobileqat.errors import ParityError, TrainingError
 
 COMMANDS = (
+    "analyze",
     "bench",
     "convert",
     "doctor",
@@ -134,6 +135,7 @@ def test_help():
         "  -h, --help  Show this message and exit.\n"
         "\n"
         "Commands:\n"
+        "  analyze        Say what quantization costs in MODEL, layer by layer.\n"
         "  bench          Measure what one inference of FILES costs, here or elsewhere.\n"
         "  convert        Convert MODEL to an integer .tflite file.\n"
         "  doctor         Say what targets need, and how to install what is missing.\n"
@@ -346,6 +348,20 @@ def test_evaluate_gives_the_same_for_a_model_and_its_file(folder):
     assert file["accuracy"] == model["accuracy"]
     assert file["per_class"] == model["per_class"]
     assert (file["samples"], file["runtime"], model["runtime"]) == (100, "litert", "keras")
+
+
+def test_analyze(folder, tmp_path):
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--limit", 20)
+    result = run("analyze", folder / "quantized.keras", *data, "--out", tmp_path / "charts")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("float ") and any(line.startswith("conv ") for line in lines)
+    assert lines[-1] == f"Charts: {tmp_path / 'charts'}"
+    names = {path.name for path in (tmp_path / "charts").iterdir()}
+    assert {"analysis.json", "sqnr.svg", "metric.svg"} < names and any("conv" in name for name in names)
+    printed = json.loads(run("analyze", folder / "float.keras", *data, "--scheme", "w4a8", "--json").stdout)
+    assert {row["name"] for row in printed["layers"]} == {"conv", "classes", "classes/softmax"}
+    written = json.loads((tmp_path / "charts" / "analysis.json").read_text())
+    assert printed["samples"] == written["samples"] == 20 and printed["float_metric"] == written["float_metric"]
 
 
 def test_evaluate_prints_a_line_per_class(folder):
