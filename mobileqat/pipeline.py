@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
@@ -63,6 +63,7 @@ from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.schemes import get_scheme
+from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
@@ -618,6 +619,92 @@ def analyze_model(model: keras.Model, dataset: Dataset, scheme: str, method: str
     return analyze(_quantized(model, dataset, scheme, method, samples), x, lambda outputs: accuracy(outputs, labels))
 
 
+def search_model(
+    path: Path,
+    data: Mapping[str, Any],
+    schemes: Sequence[str],
+    budget: Budget,
+    samples: int,
+    limit: int,
+    with_float: bool = False,
+) -> tuple[Recipe, dict]:
+    """Finds a mixture of schemes under a budget, and verifies points of its front by real conversions.
+
+    Args:
+        path: of a float model.
+        data: a recipe's `data` section.
+        schemes: to choose from; the first is where the search starts.
+        budget: what is bounded, and by how much.
+        samples: training samples for calibration.
+        limit: validation samples for the search, test samples for the verification.
+        with_float: let layers stay in float.
+
+    Returns:
+        A recipe that trains the chosen mixture, and the search as one JSON-able dict.
+
+    Raises:
+        MobileQatError: nothing fits the budget.
+    """
+    model = models.load_model(path)
+    if isinstance(model, QuantizedModel):
+        raise ModelError(f"Model '{model.name}' is quantized already. search takes the float model.")
+    recipe = Recipe.model_validate(
+        {
+            "name": f"{path.stem}-mixed",
+            "description": f"{path.stem} in mixed precision, {budget.what} at most {budget.text}",
+            "data": {**data, "calibration_samples": samples},
+            "model": {"weights": str(path)},
+            # Few bits shift means, and correcting those costs seconds.
+            "quantize": {"scheme": schemes[0], "correct_bias": True},
+        }
+    )
+    dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size)
+    calibration = calibration_samples(dataset, samples, seed=0)
+
+    def quantized(**chosen: Any) -> QuantizedModel:
+        result = quantize_model(model, **chosen, input_range=dataset.value_range)
+        calibrate(result, calibration)
+        return result
+
+    uniform = {scheme: quantized(scheme=scheme) for scheme in schemes}
+    costs, base = _costs(uniform, quantized, budget.what, with_float)
+    bound = budget.bound(base + sum(costs[schemes[0]].values()))
+    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    found = search(uniform, costs, bound, x, lambda outputs: accuracy(outputs, labels), base)
+    x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
+    verified = []
+    for mixture in dict.fromkeys((found.front[0].key, found.chosen.key, found.front[-1].key)):
+        result = quantized(**options(dict(mixture)))
+        correct_bias(result, calibration)
+        content = convert(result)
+        row = {"size_bytes": len(content), "accuracy": accuracy(np.asarray(Session(content).predict(x)), labels)}
+        verified.append({"choices": dict(mixture), **row})
+    chosen = recipe.model_dump()
+    chosen["quantize"] |= options(found.chosen.choices)
+    return Recipe.model_validate(chosen), {"budget": bound, "what": budget.what, **asdict(found), "verified": verified}
+
+
+def _costs(
+    uniform: Mapping[str, QuantizedModel], quantized: Callable[..., QuantizedModel], what: str, with_float: bool
+) -> tuple[dict[str, dict[str, float]], float]:
+    """What every layer with weights costs by choice, and what the rest of the file does."""
+    first = next(iter(uniform.values()))
+    sizes = weight_bytes(uniform, with_float)
+    if what == "size":
+        return sizes, len(convert(first)) - sum(next(iter(sizes.values())).values())
+    files = {scheme: convert(model) for scheme, model in uniform.items()}
+    if with_float:
+        files[FLOAT] = convert(quantized(**options(dict.fromkeys(next(iter(sizes.values())), FLOAT))))
+    comparison = measure(files, settings=Settings(profile=True))
+    outputs = {first.operators[name].operator.output: name for name in next(iter(sizes.values()))}
+    costs: dict[str, dict[str, float]] = {}
+    for scheme, record in comparison.records.items():
+        measured = {row.name.removesuffix("/float32"): row.cost for row in record.profile}
+        costs[scheme] = {name: measured[output] for output, name in outputs.items()}
+    rest = comparison.records[next(iter(uniform))].cost.median - sum(next(iter(costs.values())).values())
+    return costs, max(rest, 0.0)
+
+
 def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str) -> parity.Parity:
     """Parity of a quantized model with a file, on test samples or on random ones from the inputs' grids."""
     if not isinstance(model, QuantizedModel):
@@ -681,6 +768,7 @@ __all__ = [
     "environment",
     "evaluate_file",
     "load_data",
+    "search_model",
     "train",
     "verify_model",
     "write_whole",

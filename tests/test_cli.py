@@ -28,6 +28,7 @@ COMMANDS = (
     "inspect",
     "recipes",
     "report",
+    "search",
     "train",
     "verify",
 )
@@ -144,6 +145,7 @@ def test_help():
         "  inspect        Say what is inside FILE, and whether it is fully integer.\n"
         "  recipes        List the shipped recipes.\n"
         "  report         Print the report of RUN_DIR again.\n"
+        "  search         Find the bits of each layer's weights under a budget.\n"
         "  train          Run a RECIPE: a file, or the name of a shipped one.\n"
         "  verify         Compare the quantized Keras MODEL with FILE, in LSBs.\n"
     )
@@ -362,6 +364,32 @@ def test_analyze(folder, tmp_path):
     assert {row["name"] for row in printed["layers"]} == {"conv", "classes", "classes/softmax"}
     written = json.loads((tmp_path / "charts" / "analysis.json").read_text())
     assert printed["samples"] == written["samples"] == 20 and printed["float_metric"] == written["float_metric"]
+
+
+def test_search_writes_a_recipe_that_trains(folder, tmp_path):
+    from mobileqat.recipe import load_recipe
+
+    recipe = tmp_path / "mixed.yaml"
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--samples", 32, "--limit", 20)
+    result = run("search", folder / "float.keras", *data, "--budget", "size=85%", "-o", recipe)
+    assert "(chosen)" in result.stdout and str(recipe) in result.stdout
+    settings = load_recipe(recipe).quantize
+    assert settings.scheme == "w4a8" or set(settings.layers.values()) == {"w4a8"}
+    assert settings.correct_bias
+    overrides = ("qat.epochs=1", "qat.batch_size=64", "bench.enabled=false", "parity.samples=4", "evaluate.limit=20")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    run("train", recipe, "--out", tmp_path / "run", *arguments)
+    assert "budget" in error("search", folder / "float.keras", *data, "--budget", "size=1kB", "-o", recipe)
+    assert "Not a budget" in error("search", folder / "float.keras", *data, "--budget", "bytes=3", "-o", recipe)
+    assert "quantized already" in error("search", folder / "quantized.keras", *data, "--budget", "size=85%")
+
+
+def test_search_by_measured_cost(folder, tmp_path):
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--samples", 32, "--limit", 20)
+    options = ("--budget", "cost=1000%", "--with-float", "-o", tmp_path / "mixed.yaml", "--json")
+    found = json.loads(run("search", folder / "float.keras", *data, *options).stdout)
+    assert found["what"] == "cost" and found["chosen"]["cost"] <= found["budget"]
+    assert set(found["noise"]["conv"]) == {"w8a8", "w4a8", "float"}
 
 
 def test_evaluate_prints_a_line_per_class(folder):

@@ -27,14 +27,14 @@ def print_analysis(analysis: Mapping[str, Any]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     float_metric, metric = analysis["float_metric"], analysis["quantized_metric"]
     has_metric = float_metric is not None
-    columns = ["layer", "kind", "weights", "SQNR", "of a channel", "in the model"]
     table = Table(box=None, pad_edge=False)
-    for column in [*columns, *(["alone", "all but it"] if has_metric else [])]:
-        table.add_column(column, no_wrap=column != "layer", overflow="fold")
+    table.add_column("layer", overflow="fold", min_width=16)
+    for column in ["kind", "SQNR", "channel", "in model", *(["alone", "all but it"] if has_metric else [])]:
+        table.add_column(column, no_wrap=True)
     for row in analysis["layers"]:
-        bits = f"{row['weights']['bits']} bits" if row["weights"] else formats.MISSING
+        bits = f", {row['weights']['bits']} bits" if row["weights"] else ""
         noise = [decibels(row[key]) for key in ("own_sqnr_db", "channel_sqnr_db", "sqnr_db")]
-        cells = [row["name"], row["kind"], bits, *noise]
+        cells = [row["name"], row["kind"] + bits, *noise]
         if has_metric:
             cells += [
                 formats.points(100 * (row["only"] - float_metric)),
@@ -48,6 +48,25 @@ def print_analysis(analysis: Mapping[str, Any]) -> None:
         for advice in row["advice"]:
             console.print(f"  - {row['name']}: {advice}", markup=False)
     console.print(analysis["recommendation"], markup=False)
+
+
+def print_search(found: Mapping[str, Any]) -> None:
+    """The front, the chosen mixture layer by layer, and what real conversions gave."""
+    console = Console(highlight=False, soft_wrap=True)
+    write = formats.kilobytes if found["what"] == "size" else formats.milliseconds
+    table = Table(found["what"], "accuracy", "layers", box=None, pad_edge=False)
+    for mixture in found["front"]:
+        chosen = list(mixture["choices"].values())
+        counts = ", ".join(f"{chosen.count(name)} {name}" for name in dict.fromkeys(chosen))
+        mark = " (chosen)" if mixture == found["chosen"] else ""
+        table.add_row(write(mixture["cost"]), formats.percent(mixture["metric"]), counts + mark)
+    console.print(table)
+    for layer, choice in found["chosen"]["choices"].items():
+        console.print(f"  {layer}: {choice}", markup=False)
+    for row in found["verified"]:
+        mark = "chosen, " if row["choices"] == found["chosen"]["choices"] else ""
+        size, share = formats.kilobytes(row["size_bytes"]), formats.percent(row["accuracy"])
+        console.print(f"converted: {mark}{size}, {share} of the test samples", markup=False)
 
 
 def decibels(value: float) -> str:
