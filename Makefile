@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all arm lint clean
 
 demo: $(VENV)/ready
 	$(BIN)/mobileqat train digits_dscnn_w8a8
@@ -13,6 +13,10 @@ test: $(VENV)/ready
 
 test-all: $(VENV)/ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or not slow"
+
+# The emulated ARM system, into the cache; without it its tests skip.
+arm: $(VENV)/ready
+	$(BIN)/python -m mobileqat.bench.sysroot
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

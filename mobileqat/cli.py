@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +76,7 @@ def command(function: Callable) -> Callable:
     @wraps(function)
     def run(debug: bool, **arguments: Any) -> None:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _ends_like_ctrl_c():
                 if not debug:
                     _quiet_libraries()
                 with _only_json(arguments.get("as_json", False)):
@@ -87,6 +89,19 @@ def command(function: Callable) -> Callable:
             _fail(error)
 
     return main.command(context_settings={"show_default": True})(run)
+
+
+@contextmanager
+def _ends_like_ctrl_c() -> Iterator[None]:
+    """Makes SIGTERM a KeyboardInterrupt, so that what was begun on a phone or a board is cleaned up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -20,6 +20,8 @@
 A message says what is wrong, where, what was expected, what came, and what to do about it.
 """
 
+from typing import Any
+
 
 class MobileQatError(Exception):
     """Base of all errors raised on purpose."""
@@ -52,7 +54,13 @@ class RuntimeUnavailableError(MobileQatError):
 
 
 class DeviceError(MobileQatError):
-    """A target of a benchmark is not there, went away, took too long, or cannot run the file."""
+    """A target of a benchmark is not there, went away, took too long, or cannot run the file.
+
+    Attributes:
+        measured: the target's `Outcome` with what was measured until then, None if nothing was.
+    """
+
+    measured: Any = None
 
 
 class LegacyUnavailableError(MobileQatError):

@@ -100,6 +100,7 @@ class Graph:
 
     `problems` are what reading found that cannot be quantized; lowering reports them together with its own.
     `read_paths` of a lowered graph are the paths in the caller's model, which patterns may name as well.
+    `is_resizable`: the model leaves sizes open, so that what holds at the given ones may not hold at others.
     """
 
     name: str
@@ -109,6 +110,7 @@ class Graph:
     tensors: dict[str, keras.KerasTensor]
     problems: tuple[str, ...] = ()
     read_paths: tuple[str, ...] = ()
+    is_resizable: bool = False
 
     def consumers(self, tensor: str) -> list[Node]:
         return [node for node in self.nodes if tensor in node.inputs]
@@ -139,7 +141,15 @@ def read(model: keras.Model, expand: Expand = lambda layer: None, input_shape=No
             )
         inputs.append(reader.add_input(name, tensor))
     outputs = reader.inline(root, "", inputs, None if _is_graph(model) else model)
-    return Graph(model.name, tuple(inputs), tuple(reader.nodes), tuple(outputs), reader.tensors, tuple(reader.problems))
+    return Graph(
+        model.name,
+        tuple(inputs),
+        tuple(reader.nodes),
+        tuple(outputs),
+        reader.tensors,
+        tuple(reader.problems),
+        is_resizable=input_shape is not None,
+    )
 
 
 def _is_graph(layer) -> bool:

@@ -68,12 +68,39 @@ def _convolve(low: Lowerer, node: Node, kind: type[keras.layers.Layer], **overri
         (dilation,), (size,) = layer.dilation_rate, layer.kernel_size
         image = pad(low, f"{node.path}/causal", image, ((0, 0), (dilation * (size - 1), 0), (0, 0)))
         settings["padding"] = "valid"
+    elif settings["padding"] == "valid" and rank == 4 and kind is not keras.layers.Conv2DTranspose:
+        unpadded = _padded_alike(low, layer, image)
+        if unpadded is not None:
+            image, settings["padding"] = unpadded, "same"
     new = low.copy(layer, make=lambda _: kind.from_config(settings))
     moves = kind is keras.layers.Conv2DTranspose or (settings["padding"] == "same" and max(settings["kernel_size"]) > 1)
     image, prologue = (image, None) if settings.get("groups", 1) > 1 else low.absorb(image, padded=moves)
     name = _name(node.path, rank, "convolution")
     result = low.emit(name, new, image, sources=sources_of(layer), prologue=prologue)
     return activation(low, _activation_path(node), layer.activation, _as_given(low, node.path, result, rank))
+
+
+def _padded_alike(low: Lowerer, layer, image: str) -> str | None:
+    """The tensor before zero padding that is just what padding="same" means: kernels pad while they read."""
+    node = low.by_path.get(image)
+    if node is None or not isinstance(node.layer, Primitive) or node.layer.kind != "PAD" or low.graph.is_resizable:
+        return None
+    if sum(other.layer is layer for other in low.graph.nodes) > 1:  # it may be called on unpadded images, too
+        return None
+    (before,) = node.inputs
+    wanted = [
+        _same_padding(size, kernel, stride, dilation)
+        for size, kernel, stride, dilation in zip(
+            low.shape(before)[:2], layer.kernel_size, layer.strides, layer.dilation_rate, strict=True
+        )
+    ]
+    return before if list(node.layer.options["paddings"]) == [*wanted, (0, 0)] else None
+
+
+def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+    """Zeros before and after an axis with padding="same", as TensorFlow and its runtimes count them."""
+    total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+    return total // 2, total - total // 2
 
 
 def _activation_path(node: Node) -> str:

@@ -372,7 +372,9 @@ class Lowerer:
         shape, base = self.shape(tensor), self.base(tensor)
         flat = base if self.shape(base)[-1:] == shape[-1:] else tensor
         if len(self.shape(flat)) > 2 and 1 in self.shape(flat)[:-1]:
-            flat = self.view(f"{path}/flat", flat, (math.prod(self.shape(flat)[:-1]), shape[-1]))
+            # With one axis left the result has its own shape, and is not reshaped back.
+            rows = () if len(shape) == 1 else (math.prod(self.shape(flat)[:-1]),)
+            flat = self.view(f"{path}/flat", flat, (*rows, shape[-1]))
         name = path if self.shape(flat) == shape else f"{path}/dense"
         result = self.emit(name, layer, flat, sources=sources, prologue=prologue)
         return self.view(path, result, (*shape[:-1], *self.shape(result)[-1:]))

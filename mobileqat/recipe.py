@@ -336,7 +336,9 @@ class Bench(Section):
 
     enabled: bool = Field(default=True, description="measure latency")
     targets: TargetNames = Field(default=("host",), description=f"where to measure: {USAGES}")
-    threads: ThreadCounts = Field(default=(1,), description="thread counts to measure")
+    threads: ThreadCounts = Field(
+        default=(1,), description="thread counts to measure; on other targets than host the first"
+    )
     warmup: int = Field(default=20, ge=0, description="runs before the measurement")
     runs: int = Field(default=200, ge=1, description="measured runs")
     cpus: str | None = Field(default=None, description="cores to run on, such as 0 or 4-7; on a phone also big, little")

@@ -96,6 +96,7 @@ class QuantizeWrapper(keras.layers.Layer):
                 shape=shape,
                 initializer="ones",
                 trainable=weight_range == "learned",
+                constraint=lambda ratio: keras.ops.clip(ratio, 0.01, 1.0),
                 dtype="float32",
                 autocast=False,
             )
@@ -160,9 +161,7 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def ratio(self):
         """The scales' share of the largest useful ones, in (0, 1]; None where it is 1."""
-        if self.weight_ratio is None:
-            return None
-        return tf.clip_by_value(tf.convert_to_tensor(self.weight_ratio), 0.01, 1.0)
+        return None if self.weight_ratio is None else tf.convert_to_tensor(self.weight_ratio)
 
     def fit_weight_range(self) -> None:
         """Sets the scales of the kernel to those with the least squared error, per channel, of 71 shares."""

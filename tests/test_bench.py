@@ -137,7 +137,7 @@ def test_sessions_take_turns():
         def __init__(self, name):
             self.invoke = lambda: calls.append(name)
 
-    latencies = worker._time_in_turns([Recorder("a"), Recorder("b")], rounds=3, mark=False)
+    latencies = worker._time_in_turns([Recorder("a"), Recorder("b")], rounds=3)
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert [len(values) for values in latencies] == [3, 3]
 
@@ -199,7 +199,7 @@ def test_what_agreement_is_asked_for():
 class Elsewhere:
     """A target that answers as it was told, and remembers what it was asked."""
 
-    name, has_profiler, computes = "elsewhere", True, True
+    name, has_profiler, computes, integer_only = "elsewhere", True, True, False
 
     def __init__(self, error=0, delegate=None):
         self.error, self.delegate, self.asked = error, delegate, []
@@ -254,7 +254,10 @@ def test_no_such_target(name):
 def test_targets_can_be_named_as_they_say(row):
     name = row.usage.replace("[:SERIAL]", ":1234")
     target = targets.parse_target(name)
-    assert target.name == name and isinstance(target.has_profiler, bool) and isinstance(target.computes, bool)
+    kinds = {"host": (False, True, False), "ethos-u": (True, False, True)}
+    assert target.name == name
+    for expected in (kinds[key] for key in kinds if name.startswith(key)):
+        assert (target.has_profiler, target.computes, target.integer_only) == expected
 
 
 def test_operators_are_aligned_by_kind():

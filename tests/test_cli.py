@@ -685,12 +685,13 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     raise AssertionError(f"{path} did not appear")
 
 
-def test_ctrl_c_and_a_second_run_at_once(project):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_second_run_at_once(project, number):
     with start(project, "--set", "model.args={wait: true}") as process:
         try:
             wait_for(project / "waiting", process)
             assert "in use by another run" in error("train", "tiny.yaml", "--out", "out")
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             output, errors = process.communicate(timeout=60)
         finally:
             process.kill()

@@ -220,3 +220,143 @@ def test_products_round_once():
     np.testing.assert_array_equal(
         compiled(lambda a: fakequant.product(a, np.float32(0.1)), tf.constant(values)), values * np.float32(0.1)
     )
+
+
+# --- estimators and learned grids
+
+
+SCALE, BOUNDS = np.float32(0.25), (-3.0, 4.0)
+# Away from ties and from the ends, so that finite differences see one branch.
+VALUES = np.array([-2.0, -0.9, -0.6, -0.03, 0.0, 0.1, 0.31, 0.77, 0.9, 1.3], np.float32)
+R = VALUES / SCALE
+BELOW, ABOVE = BOUNDS[0] > R, BOUNDS[1] < R
+INSIDE = ~(BELOW | ABOVE)
+
+
+def relaxed(x, scale, low, high, estimator):
+    """What the gradients are those of, in float64: rounding replaced by its residual at `VALUES`, held fixed.
+
+    With the soft estimator rounding itself is r - SOFTNESS / (2 pi) sin(2 pi r), of which x sees the slope.
+    """
+    r = x / scale
+    soft = -fakequant.SOFTNESS / (2 * np.pi) * np.sin(2 * np.pi * x / SCALE) * SCALE if estimator == "soft" else 0.0
+    residual = np.round(np.clip(R, *BOUNDS).astype(np.float64)) - R.astype(np.float64)
+    inside = scale * (r + residual) + soft
+    beyond = x if estimator == "identity" else 0.0
+    return np.where(BELOW, low + beyond, np.where(ABOVE, high + beyond, inside))
+
+
+def gradients(estimator):
+    x, scale = tf.constant(VALUES), tf.constant(SCALE)
+    low, high = (tf.constant(np.float32(bound * SCALE)) for bound in BOUNDS)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch((x, scale, low, high))
+        y = fakequant.fake_quantize(x, scale, BOUNDS, (low, high), estimator)
+        values = tf.unstack(y)
+    per_value = {
+        name: np.array([0.0 if (g := tape.gradient(v, t)) is None else float(g) for v in values])
+        for name, t in (("scale", scale), ("low", low), ("high", high))
+    }
+    return y.numpy(), per_value | {"x": tape.gradient(y, x).numpy()}
+
+
+@pytest.mark.parametrize("estimator", fakequant.ESTIMATORS)
+def test_gradients_in_closed_form(estimator):
+    y, found = gradients(estimator)
+    np.testing.assert_allclose(y, SCALE * np.round(np.clip(R, *BOUNDS)), rtol=0, atol=0)
+    slope = 1 - fakequant.SOFTNESS * np.cos(2 * np.pi * R) if estimator == "soft" else np.ones_like(R)
+    outside = 1.0 if estimator == "identity" else 0.0
+    np.testing.assert_allclose(found["x"], np.where(INSIDE, slope, outside), rtol=1e-5)
+    np.testing.assert_allclose(found["scale"], np.where(INSIDE, np.round(R) - R, 0.0), atol=1e-6)
+    np.testing.assert_array_equal(found["low"], BELOW)
+    np.testing.assert_array_equal(found["high"], ABOVE)
+
+
+@pytest.mark.parametrize("estimator", fakequant.ESTIMATORS)
+@pytest.mark.parametrize("name", ["x", "scale", "low", "high"])
+def test_gradients_against_finite_differences(estimator, name):
+    point = {"x": VALUES.astype(np.float64), "scale": float(SCALE)}
+    point |= {"low": BOUNDS[0] * float(SCALE), "high": BOUNDS[1] * float(SCALE)}
+    step = 1e-6
+    up, down = (relaxed(**(point | {name: point[name] + sign * step}), estimator=estimator) for sign in (1, -1))
+    _, found = gradients(estimator)
+    np.testing.assert_allclose(found[name], (up - down) / (2 * step), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_ends_of_a_range_are_trained():
+    """The loss wants larger values than the range holds: the upper end moves, the lower one at 0 does not."""
+    layer = FakeQuantize(QuantSpec(4), ("x",), learns_range=True)
+    layer.set_range("x", 0.0, 1.0)
+    x = tf.constant([[0.2, 0.5, 3.0]])
+    optimizer = keras.optimizers.SGD(0.5)
+    for _ in range(60):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(tf.square(layer(x, member="x", training=True) - x))
+        optimizer.apply_gradients([(tape.gradient(loss, layer.range_shift.value), layer.range_shift)])
+    low, high = layer.ranges()[0]
+    assert low == 0.0 and 2.5 < high < 3.5
+    scale, zero_point = layer.grid()
+    assert zero_point == -8 and scale == np.float32(high) / np.float32(15)
+
+
+@pytest.mark.parametrize("bounds", [(-1.0, 2.0), (0.0, 2.0), (-0.5, 0.0)])
+@pytest.mark.parametrize("estimator", fakequant.ESTIMATORS)
+def test_the_gradient_of_an_end(bounds, estimator):
+    """d/dhigh of sum(y * w) is that of the scale, (high - low) / levels, inside and 1 beyond; likewise d/dlow."""
+    layer = FakeQuantize(QuantSpec(4), ("x",), learns_range=True)
+    layer.set_range("x", *bounds)
+    layer.estimator = estimator
+    scale, zero_point = (float(p) for p in layer.parameters())
+    x = np.random.default_rng(0).uniform(-1.5, 2.5, (4, 50)).astype(np.float32)
+    weights = np.random.default_rng(1).normal(size=x.shape)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(layer(x, member="x", training=True) * weights)
+    found = tape.gradient(loss, layer.range_shift.value).numpy()
+    r = x / scale
+    below, above = r < -8 - zero_point, r > 7 - zero_point
+    residual = np.where(below | above, 0, np.round(r) - r)
+    factor = fakequant.step_gradient_factor(50, 7) * (bounds[1] - bounds[0])
+    # The scale's own gradient is scaled like that of the ends, since it is computed from them.
+    low = np.sum(weights * (below - residual / 15)) * factor if bounds[0] < 0 else 0.0
+    high = np.sum(weights * (above + residual / 15)) * factor if bounds[1] > 0 else found[1]
+    np.testing.assert_allclose(found, [low, high], rtol=2e-4, atol=1e-4)
+
+
+def test_weights_beyond_a_learned_scale_saturate():
+    weights = tf.constant(np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype(np.float32))
+    spec = QuantSpec(4, symmetric=True, per_channel=True)
+    ratio = tf.fill((1, 1, 1, 5), 0.5)
+    integers, scales = quantize_weights(weights, (3,), spec, ratio)
+    np.testing.assert_array_equal(scales, numerics.weight_scales(weights.numpy(), (3,), spec) * np.float32(0.5))
+    assert set(np.unique(integers)) == set(range(-7, 8))
+    with tf.GradientTape() as tape:
+        tape.watch((weights, ratio))
+        y = fakequant.fake_quantize_weights(weights, (3,), spec, ratio)
+        loss = tf.reduce_sum(y)
+    np.testing.assert_array_equal(y, integers * scales)
+    by_weight, by_ratio = tape.gradient(loss, (weights, ratio))
+    scaled = weights / scales
+    np.testing.assert_array_equal(by_weight, np.abs(scaled) <= 7)
+    largest = numerics.weight_scales(weights.numpy(), (3,), spec)
+    slope = np.where(np.abs(scaled) <= 7, integers - scaled, np.sign(scaled) * 7) * largest
+    expected = slope.sum((0, 1, 2)) * fakequant.step_gradient_factor(36, 7)
+    np.testing.assert_allclose(np.ravel(by_ratio), expected, rtol=1e-4)
+
+
+def test_binary_weights():
+    """BinaryConnect: signs, never 0, with the mean of absolute values as their scale."""
+    weights = np.array([[0.5, -0.1], [-1.5, 0.0], [1.0, 0.2]], np.float32)
+    spec = QuantSpec(1, symmetric=True, per_channel=True)
+    integers, scales = quantize_weights(tf.constant(weights), (1,), spec)
+    np.testing.assert_array_equal(integers, [[1, -1], [-1, 1], [1, 1]])
+    np.testing.assert_allclose(np.ravel(scales), [1.0, 0.1], rtol=1e-6)
+    np.testing.assert_array_equal(scales, numerics.weight_scales(weights, (1,), spec))
+
+
+def test_before_quantization_starts_values_pass():
+    layer = calibrated()
+    layer.quantizing = False
+    x = tf.constant([0.123, 5.0])
+    np.testing.assert_array_equal(layer(x, member="x", training=True), x)
+    assert np.any(layer(x) != x)  # at inference it always quantizes
+    assert layer.ranges()[0, 1] > 2.0  # and it goes on observing

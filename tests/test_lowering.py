@@ -100,7 +100,7 @@ def normalization():
         ([L.Rescaling(2.0), L.Conv2DTranspose(4, 3)], ["Conv2DTranspose"]),
         ([L.Rescaling(2.0, 1.0), L.Conv2DTranspose(4, 3)], ["DepthwiseConv2D", "Conv2DTranspose"]),
         ([normalization(), L.Conv2D(3, 1, groups=3)], ["DepthwiseConv2D", "Conv2D"]),
-        ([L.Rescaling(2.0, 1.0), L.ZeroPadding2D(1), L.Conv2D(4, 3)], ["DepthwiseConv2D", "PAD", "Conv2D"]),
+        ([L.Rescaling(2.0, 1.0), L.ZeroPadding2D(1), L.Conv2D(4, 3)], ["DepthwiseConv2D", "Conv2D"]),
         ([L.Rescaling(2.0, 1.0), L.ReLU(), L.Conv2D(4, 3)], ["DepthwiseConv2D", "RELU", "Conv2D"]),
     ],
 )
@@ -229,6 +229,54 @@ def test_operators(function, expected):
     model = on_input(lambda x, y: [*keras.tree.flatten(function(x, y)), y * 1.0], (5, 6, 4), (5, 6, 4))
     graph = check_same(model)
     assert sorted(rule_key(node.layer) for node in graph.nodes) == sorted(expected)
+
+
+# --- padding
+
+
+@pytest.mark.parametrize(
+    "layers, padding",
+    [
+        ([L.ZeroPadding2D(((0, 1), (0, 1))), L.Conv2D(4, 3, strides=2)], "same"),  # MobileNet's, on even sizes
+        ([L.ZeroPadding2D(((0, 1), (0, 1))), L.DepthwiseConv2D(3, strides=2)], "same"),
+        ([L.ZeroPadding2D(1), L.Conv2D(4, 3)], "same"),
+        ([L.ZeroPadding2D(2), L.Conv2D(4, 3, dilation_rate=2)], "same"),
+        ([L.ZeroPadding2D(((1, 1), (0, 1))), L.Conv2D(4, (3, 2))], "same"),
+        ([L.ZeroPadding2D(1), L.Conv2D(4, 3, strides=2)], "valid"),  # ResNet's: one more before, one less after
+        ([L.ZeroPadding2D(1), L.Conv2D(4, 5)], "valid"),
+        ([L.ZeroPadding2D(((1, 0), (1, 0))), L.Conv2D(4, 2)], "valid"),
+        ([L.ZeroPadding2D(1), L.Conv2D(4, 3, padding="same")], "same with PAD"),
+        ([L.ZeroPadding2D(1), L.Conv2DTranspose(4, 3)], "valid"),
+    ],
+)
+def test_padding_that_kernels_do_themselves(layers, padding):
+    """Zeros before a kernel become its padding="same" where that means the same zeros."""
+    graph = check_same(sequential(*layers, shape=(8, 8, 3)))
+    assert graph.nodes[-1].layer.padding == padding.split()[0]
+    assert ("PAD" in [rule_key(node.layer) for node in graph.nodes]) == (padding != "same")
+
+
+def test_padding_with_other_readers_stays_for_them():
+    def both(x):
+        padded = L.ZeroPadding2D(1)(x)
+        return [L.Conv2D(2, 3)(padded), L.MaxPooling2D(2)(padded)]
+
+    graph = check_same(on_input(both, (6, 6, 3)))
+    assert sorted(rule_key(node.layer) for node in graph.nodes) == ["Conv2D", "MAX_POOL_2D", "PAD"]
+
+
+def test_a_kernel_that_is_used_twice_keeps_its_padding():
+    conv = L.Conv2D(2, 3)
+    model = on_input(lambda x: [conv(L.ZeroPadding2D(1)(x)), conv(x)], (6, 6, 3))
+    assert kinds(model) == ["PAD", "Conv2D", "Conv2D"]
+    check_same(model)
+
+
+def test_a_single_row_is_multiplied_in_its_own_shape():
+    """Not [1, 1, n]: the result would have to be reshaped back."""
+    model = sequential(L.AveragePooling2D(8), L.Flatten(), L.Dense(4), L.Softmax(), shape=(8, 8, 3))
+    assert kinds(model) == ["AVERAGE_POOL_2D", "RESHAPE", "Dense", "SOFTMAX"]
+    check_same(model)
 
 
 # --- views
@@ -542,3 +590,13 @@ def test_embedding_with_masks():
     x = keras.Input((5,), dtype="int32")
     with pytest.raises(UnsupportedModelError, match="mask_zero=True"):
         quantize_model(keras.Model(x, L.Embedding(4, 3, mask_zero=True)(x)))
+
+
+def test_padding_stays_where_sizes_are_open():
+    """ZeroPadding2D and a strided convolution are padding="same" at even sizes only."""
+    layers = [L.ZeroPadding2D(((0, 1), (0, 1))), L.Conv2D(4, 3, strides=2, name="conv")]
+    fixed = keras.Sequential([keras.Input((8, 8, 3)), *layers])
+    assert [op.kind for op in quantize_model(fixed).plan.operators] == ["CONV_2D"]
+    still_open = keras.Sequential([keras.Input((None, None, 3)), *layers])
+    quantized = quantize_model(still_open, input_shape=(8, 8, 3))
+    assert [op.kind for op in quantized.plan.operators] == ["PAD", "CONV_2D"]

@@ -13,10 +13,12 @@ import pytest
 from ai_edge_litert.interpreter import Interpreter
 
 from mobileqat import pipeline
+from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.data import load_dataset
 from mobileqat.errors import (
     CalibrationError,
     DataError,
+    DeviceError,
     ModelError,
     ParityError,
     RunDirectoryError,
@@ -159,6 +161,40 @@ def test_reported_sizes_and_operators_are_the_file_s(small_run, variant):
     counts = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 2, "MEAN": 1, "FULLY_CONNECTED": 1, "SOFTMAX": 1}
     assert row["inspection"]["operator_counts"] == counts
     assert row["inspection"]["fully_integer"] is (variant != "float")
+
+
+class Bench:
+    """As much of a run as the bench step sees."""
+
+    def __init__(self, directory, settings):
+        self.recipe = load_recipe("digits_dscnn_w8a8", (*SMALL, *settings))
+        self.variants, self.failures = list(VARIANTS), []
+        self.test = load_dataset("digits").test.x, None
+        self.file = lambda variant: (directory / f"{variant}.tflite").read_bytes()
+        self.fail = self.failures.append
+
+
+def test_other_targets(small_run):
+    require_target(parse_target("ethos-u55-128"))
+    run = Bench(
+        small_run[0], ("bench.targets=[host, ethos-u55-128]", "bench.min_delegated=0.9", "bench.threads=[1, 2]")
+    )
+    records = pipeline._bench(run)
+    places = {variant: [(row["target"], row["unit"]) for row in rows] for variant, rows in records.items()}
+    assert places["float"] == 2 * [("host", "ms")] and places["qat"] == [
+        *2 * [("host", "ms")],
+        ("ethos-u55-128", "cycles"),
+    ]
+    assert records["ptq"][2]["delegate"]["share"] == 1.0 and "ratio_to_float" not in records["ptq"][2]
+    assert run.failures == []  # this machine does not say how many operators XNNPACK took
+
+
+def test_a_target_that_is_not_there_is_found_before_training(tmp_path):
+    recipe = load_recipe("digits_dscnn_w8a8", (*SMALL, "bench.targets=['android:no-such-phone']"))
+    display = Recorder()
+    with pytest.raises(DeviceError, match="The target android:no-such-phone cannot be used"):
+        pipeline.train(recipe, tmp_path / "run", display=display)
+    assert display.ended == {"data": "failed"}
 
 
 def test_simulation_and_interpreter_agree(small_run):

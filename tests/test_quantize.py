@@ -85,7 +85,6 @@ def test_exclude_takes_one_pattern_as_a_string_or_says_so():
 
 UNSUPPORTED_SCHEMES = {
     "int16 activations": Scheme("w8a16", QuantSpec(8, True, True), QuantSpec(16, symmetric=True)),
-    "int4 weights": Scheme("w4a8", QuantSpec(4, True, True), QuantSpec(8)),
     "asymmetric weights": Scheme("odd", QuantSpec(8), QuantSpec(8)),
 }
 
@@ -106,6 +105,82 @@ def test_custom_scheme_survives_saving(tmp_path):
     quantized.save(tmp_path / "q.keras")
     loaded = keras.models.load_model(tmp_path / "q.keras")
     np.testing.assert_array_equal(loaded(X), quantized(X))
+
+
+# --- weights of few bits
+
+# Kernels that the runtime takes as int4, in the delegate (dense, even) and out of it, and those that it does not.
+FEW_BITS = {
+    "convolution": (lambda: [L.Conv2D(6, 3), L.BatchNormalization(), L.ReLU(6)], (9, 9, 3), 4),
+    "grouped": (lambda: [L.Conv2D(8, 3, groups=2)], (6, 6, 4), 8),
+    "depthwise": (lambda: [L.DepthwiseConv2D(3)], (6, 6, 4), 8),
+    "transposed": (lambda: [L.Conv2DTranspose(3, 3, strides=2)], (5, 5, 4), 8),
+    "dense, even": (lambda: [L.Dense(7, activation="relu")], (32,), 4),
+    "dense, odd": (lambda: [L.Dense(5)], (33,), 4),
+    "dense on rank 3": (lambda: [L.Dense(5)], (4, 16), 4),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 1])
+@pytest.mark.parametrize("name", FEW_BITS)
+def test_weights_of_few_bits(name, bits):
+    """To the last bit, whichever kernel takes them."""
+    layers, shape, stored = FEW_BITS[name]
+    model = sequential(*layers(), shape=shape)
+    checked = check_layer(model, scheme=f"w{bits}a8", relative_error={4: 0.4, 1: 1.5}[bits])
+    (operator,) = checked.quantized.plan.operators
+    kernel = next(t for t in flatbuffer.read(checked.flatbuffer).tensors if t.name == f"{operator.name}/kernel")
+    assert operator.storage_bits == stored and kernel.dtype == f"int{stored}"
+    assert np.abs(kernel.data).max() == (7 if bits == 4 else 1) and (bits > 1 or np.all(kernel.data != 0))
+
+
+@pytest.mark.parametrize("bits", [7, 6, 5, 3, 2])
+def test_weights_of_other_widths(bits):
+    quantized = calibrated(scheme=f"w{bits}a8")
+    content = convert(quantized)
+    assert verify(quantized, content, X).passed
+    largest = {t.name: np.abs(t.data).max() for t in flatbuffer.read(content).tensors if t.name.endswith("/kernel")}
+    assert set(largest.values()) == {2 ** (bits - 1) - 1}
+
+
+def test_int4_may_stay_in_bytes():
+    wide = Scheme("w4a8", QuantSpec(4, True, True), QuantSpec(8), narrow_storage=False)
+    quantized = calibrated(scheme=wide)
+    assert {op.storage_bits for op in quantized.plan.operators} == {8}
+    assert verify(quantized, convert(quantized), X).passed
+    assert len(convert(quantized)) > len(convert(calibrated(scheme="w4a8")))
+
+
+def test_schemes_by_layer(tmp_path):
+    quantized = calibrated(layers={"*": "w4a8", "head": "w8a8"})
+    bits = {op.name: op.weight_spec.bits for op in quantized.plan.operators if op.weight_spec}
+    assert bits == {"conv": 4, "head": 8}
+    assert verify(quantized, convert(quantized), X).passed
+    quantized.save(tmp_path / "q.keras")
+    assert convert(keras.models.load_model(tmp_path / "q.keras")) == convert(quantized)
+
+
+def test_schemes_by_layer_must_fit():
+    with pytest.raises(MobileQatError, match=r"layers='stem' matches no layer of 'model' with a kernel"):
+        quantize_model(small_model(), layers={"stem": "w4a8"})
+    with pytest.raises(MobileQatError, match="layers='relu' matches no layer"):
+        quantize_model(small_model(), layers={"relu": "w4a8"})
+    with pytest.raises(MobileQatError, match="Unknown scheme 'w9a8'"):
+        quantize_model(small_model(), layers={"conv": "w9a8"})
+    with pytest.raises(ModelError, match="weight_range must be one of maxabs, mse, learned"):
+        quantize_model(small_model(), weight_range="best")
+
+
+@pytest.mark.parametrize("weight_range", ["mse", "learned"])
+def test_least_squares_weights_are_nearer(weight_range):
+    def distance(quantized):
+        wrapper = quantized.operators["head"]
+        constants = wrapper.constants()
+        return rms(constants["weights"] * constants["scales"] - wrapper.layer.kernel.numpy())
+
+    quantized = calibrated(scheme="w3a8", weight_range=weight_range)
+    assert distance(quantized) < 0.95 * distance(calibrated(scheme="w3a8"))
+    assert verify(quantized, convert(quantized), X).passed
 
 
 # --- like any Keras model

@@ -11,11 +11,23 @@ from keras import layers as L
 from sklearn.datasets import load_digits
 
 from mobileqat.calibrate import calibrate
+from mobileqat.convert import convert
 from mobileqat.data import build_dataset
-from mobileqat.errors import TrainingError
+from mobileqat.errors import CalibrationError, TrainingError
+from mobileqat.fakequant import quantize_weights
+from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
-from mobileqat.train import Distillation, fit, freeze, gives_probabilities, make_optimizer, training_batches
+from mobileqat.train import (
+    Distillation,
+    OscillationFreeze,
+    fit,
+    freeze,
+    gives_probabilities,
+    make_optimizer,
+    reestimate_batch_norm,
+    training_batches,
+)
 
 
 def make_dataset(count=200):
@@ -303,3 +315,133 @@ def test_training_batches(dataset):
 def test_tensorboard(dataset, tmp_path):
     fit(float_model(), dataset, Training(epochs=1), log_dir=tmp_path)
     assert list(tmp_path.rglob("events*"))
+
+
+# --- learned grids, estimators, oscillation
+
+
+def test_learned_ranges_are_trained_and_kept(dataset, tmp_path):
+    quantized = quantized_model(dataset, scheme="w4a8", weight_range="learned", learn_activation_ranges=True)
+    start = {v.path: v.numpy() for v in quantized.trainable_variables if v.name in ("weight_ratio", "range_shift")}
+    # Fitted by least squares; a BatchNormalization alone has one weight per channel, which needs no other scale.
+    start = {path: value for path, value in start.items() if ".scale/" not in path}
+    assert len(start) == 6 and any(np.any(value < 1) for path, value in start.items() if "ratio" in path)
+    settings = QatTraining(epochs=2, learning_rate=0.01, batch_size=16, weight_decay=0.5, keep_best=False)
+    fit(quantized, dataset, settings)
+    after = {v.path: v.numpy() for v in quantized.trainable_variables}
+    assert all(np.any(after[path] != value) for path, value in start.items())
+    assert all(np.max(value) <= 1 for path, value in after.items() if "ratio" in path)
+    assert verify(quantized, convert(quantized), dataset.validation.x).passed
+    quantized.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert convert(loaded) == convert(quantized)
+
+
+def test_learned_ranges_need_a_start(dataset):
+    quantized = quantize_model(float_model(), learn_activation_ranges=True)
+    with pytest.raises(CalibrationError, match="has no ranges yet"):
+        quantized(dataset.train.x[:2], training=True)
+
+
+def test_ranges_do_not_decay(dataset):
+    quantized = quantized_model(dataset, weight_range="learned", learn_activation_ranges=True)
+    optimizer = make_optimizer(QatTraining(weight_decay=0.1, optimizer="adamw"), 10)
+    optimizer.build(quantized.trainable_variables)
+    decayed = {v.name: optimizer._use_weight_decay(v) for v in quantized.trainable_variables}
+    assert decayed["kernel"] and not decayed["weight_ratio"] and not decayed["range_shift"]
+
+
+STEPS = [{"estimator": "identity"}, {"estimator": "soft"}, {"damping": 0.5}, {"start_after": 0.5}]
+
+
+@pytest.mark.parametrize("settings", STEPS)
+def test_settings_of_a_step_are_put_back(dataset, settings):
+    quantized = quantized_model(dataset, scheme="w4a8")
+    seen = []
+
+    class See(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            wrapper = next(iter(quantized.operators.values()))
+            seen.append((wrapper.quantizing, wrapper.estimator, wrapper.damping))
+
+    history = fit(quantized, dataset, QatTraining(epochs=2, batch_size=32, **settings), callbacks=[See()])
+    assert np.isfinite(history.epochs[-1]["loss"])
+    expected = (True, settings.get("estimator", "clipped"), settings.get("damping", 0.0))
+    assert seen[-1] == expected and seen[0] == ((False, *expected[1:]) if "start_after" in settings else expected)
+    for part in (*quantized.operators.values(), *quantized.quantizers.values()):
+        assert part.quantizing and part.estimator == "clipped"
+
+
+def test_damping_pulls_weights_to_their_integers(dataset):
+    def distance(damping):
+        quantized = quantized_model(dataset, scheme="w4a8")
+        settings = QatTraining(epochs=4, learning_rate=0.003, batch_size=32, damping=damping, keep_best=False)
+        fit(quantized, dataset, settings)
+        wrappers = [w for w in quantized.operators.values() if w.weight_spec]
+        scaled = [quantize_weights(w.kernel(), w.rule.channel_axes, w.weight_spec) for w in wrappers]
+        return np.mean([np.mean(np.abs(w.kernel() / s - i)) for w, (i, s) in zip(wrappers, scaled, strict=True)])
+
+    assert distance(10.0) < 0.7 * distance(0.0)
+
+
+def test_oscillating_weights_freeze(dataset):
+    quantized = quantized_model(dataset, scheme="w4a8")
+    wrapper = next(w for w in quantized.operators.values() if w.operator.kind == "CONV_2D")
+    kernel = wrapper.layer.kernel
+    index = (0, 0, 0, 0)
+    scale = float(quantize_weights(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec)[1][0, 0, 0, 0])
+    values = kernel.numpy()
+    values[index] = 1.6 * scale
+    kernel.assign(values)
+    freezer = OscillationFreeze(quantized, threshold=0.02)
+    for step in range(8):
+        values = kernel.numpy()
+        values[index] = (1.4, 1.6)[step % 2] * scale
+        values[1, 1, 0, 1] += 0.01 * scale  # drifts one way
+        kernel.assign(values)
+        freezer.on_train_batch_end(step)
+    state = freezer.state[freezer.wrappers.index(wrapper)]
+    frozen = state["frozen"].numpy()
+    assert frozen[index] == 1 and frozen.sum() == 1
+    assert kernel.numpy()[index] == np.float32(2) * np.float32(scale)  # where it was for longer
+
+
+def test_batch_norm_statistics_are_taken_anew(dataset):
+    quantized = quantized_model(dataset)
+    norm = next(w.batch_norm for w in quantized.operators.values() if w.batch_norm is not None)
+    norm.moving_mean.assign(norm.moving_mean + 7.0)
+    momentum, ranges = norm.momentum, {n: q.ranges().copy() for n, q in quantized.quantizers.items()}
+    batches = [dataset.train.x[start : start + 40] for start in range(0, 120, 40)]
+    seen = []
+    for batch in batches:
+        reestimate_batch_norm(quantized, [batch])
+        seen.append(norm.moving_mean.numpy().copy())
+    reestimate_batch_norm(quantized, batches)
+    np.testing.assert_allclose(norm.moving_mean, np.mean(seen, axis=0), rtol=1e-5)
+    assert norm.momentum == momentum
+    assert all(np.array_equal(quantized.quantizers[name].ranges(), value) for name, value in ranges.items())
+
+
+FURTHER = [{"weight_ema": 0.5}, {"clip_norm": 0.1}, {"reestimate_batch_norm": 3}, {"freeze_oscillations": 0.1}]
+
+
+@pytest.mark.parametrize("settings", FURTHER)
+def test_further_settings_train(dataset, settings):
+    quantized = quantized_model(dataset, scheme="w4a8")
+    history = fit(quantized, dataset, QatTraining(epochs=2, learning_rate=0.01, batch_size=32, **settings))
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    assert verify(quantized, convert(quantized), dataset.validation.x).passed
+
+
+def test_what_is_not_finite_is_named(dataset):
+    quantized = quantized_model(dataset)
+
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            kernel = next(w.layer.kernel for w in quantized.operators.values() if w.weight_spec)
+            kernel.assign(kernel * np.float32("nan"))
+
+    before = quantized.get_weights()
+    with pytest.raises(TrainingError, match=r"became nan at step 2 of epoch 1.* Not finite: .*kernel"):
+        fit(quantized, dataset, QatTraining(epochs=1, batch_size=32), callbacks=[Break()])
+    assert all(np.array_equal(a, b) for a, b in zip(quantized.get_weights(), before, strict=True))

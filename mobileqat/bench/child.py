@@ -65,9 +65,13 @@ def core_numbers(cpus: str | None) -> list[int]:
 
 
 def run_command(
-    command: Sequence[str], timeout_s: float, what: str, environment: Mapping[str, str] | None = None
+    command: Sequence[str],
+    timeout_s: float,
+    what: str,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
 ) -> subprocess.CompletedProcess:
-    """Runs a command to its end, whatever its exit code; its output is text.
+    """Runs a command to its end, whatever its exit code; its output is text. It runs in `folder`, if one is given.
 
     Raises:
         DeviceError: it cannot be started, or takes longer than `timeout_s`; it is dead then.
@@ -81,6 +85,7 @@ def run_command(
             timeout=timeout_s,
             stdin=subprocess.DEVNULL,
             env=environment,
+            cwd=folder,
             check=False,
         )
     except subprocess.TimeoutExpired:

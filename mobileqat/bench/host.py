@@ -20,6 +20,7 @@ class Host:
     """This machine."""
 
     has_profiler = False
+    integer_only = False
     computes = True
 
     def __init__(self, name: str = "host") -> None:

@@ -147,6 +147,7 @@ class Target(Protocol):
     name: str  # as on the command line: "host", "arm:cortex-a53", "android:SERIAL"
     has_profiler: bool  # measures operators itself; elsewhere each one is measured as a model of its own
     computes: bool  # gives outputs: a compiler's estimate has none
+    integer_only: bool  # has no use for a float file
 
     def run(self, jobs: Sequence[Job], settings: Settings) -> Outcome:
         """Runs all jobs in one go; those that are timed take turns, one invocation each.

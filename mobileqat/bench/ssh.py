@@ -61,6 +61,7 @@ class Ssh:
     """
 
     has_profiler = False
+    integer_only = False
     computes = True
 
     def __init__(self, name: str):

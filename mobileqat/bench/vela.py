@@ -39,6 +39,7 @@ class Vela:
     """
 
     has_profiler = True
+    integer_only = True
     computes = False
 
     def __init__(self, name: str):
