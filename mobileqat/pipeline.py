@@ -655,8 +655,7 @@ def search_model(
             "description": f"{path.stem} in mixed precision, {budget.what} at most {budget.text}",
             "data": {**data, "calibration_samples": samples},
             "model": {"weights": str(path)},
-            # Few bits shift means, and correcting those costs seconds.
-            "quantize": {"scheme": schemes[0], "correct_bias": True},
+            "quantize": {"scheme": schemes[0]},
         }
     )
     dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size)
@@ -682,6 +681,9 @@ def search_model(
         verified.append({"choices": dict(mixture), **row})
     chosen = recipe.model_dump()
     chosen["quantize"] |= options(found.chosen.choices)
+    if any(get_scheme(name).weights.bits < 8 for name in set(found.chosen.choices.values()) - {FLOAT}):
+        # Few bits shift means, and leave much to rounding: repaired before training.
+        chosen["quantize"] |= {"correct_bias": True, "adaround": {"steps": 1000}}
     return Recipe.model_validate(chosen), {"budget": bound, "what": budget.what, **asdict(found), "verified": verified}
 
 

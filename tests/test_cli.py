@@ -375,8 +375,15 @@ def test_search_writes_a_recipe_that_trains(folder, tmp_path):
     assert "(chosen)" in result.stdout and str(recipe) in result.stdout
     settings = load_recipe(recipe).quantize
     assert settings.scheme == "w4a8" or set(settings.layers.values()) == {"w4a8"}
-    assert settings.correct_bias
-    overrides = ("qat.epochs=1", "qat.batch_size=64", "bench.enabled=false", "parity.samples=4", "evaluate.limit=20")
+    assert settings.correct_bias and settings.adaround.steps == 1000
+    overrides = (
+        "quantize.adaround.steps=5",
+        "qat.epochs=1",
+        "qat.batch_size=64",
+        "bench.enabled=false",
+        "parity.samples=4",
+        "evaluate.limit=20",
+    )
     arguments = [part for override in overrides for part in ("--set", override)]
     run("train", recipe, "--out", tmp_path / "run", *arguments)
     assert "budget" in error("search", folder / "float.keras", *data, "--budget", "size=1kB", "-o", recipe)
