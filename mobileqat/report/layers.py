@@ -138,6 +138,9 @@ def _draw_histograms(layer: Mapping[str, Any]) -> Figure:
             for end in (values["low"], values["high"]):
                 axes.axvline(end, color=_ORANGE, lw=1.2)
         axes.set_yscale("log")
+        # The default writes powers as mathematics, which the style takes for plain text.
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_minor_formatter("")
         axes.set_ylabel("count")
         axes.set_xlabel(title)
     return figure
