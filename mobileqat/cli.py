@@ -474,6 +474,78 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
 
 
 @command
+@click.argument("model", type=EXISTING)
+@data_options(required=True)
+@click.option("--scheme", default="w8a8", help="For a float MODEL.")
+@click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax", help="Likewise.")
+@click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration, likewise.")
+@click.option("--limit", default=512, type=click.IntRange(1), help="Validation samples to run on.")
+@click.option("--out", type=EXISTING, help="Folder for analysis.json and charts.")
+@json_option
+def analyze(model, source, data_path, image_size, scheme, method, samples, limit, out, as_json) -> None:
+    """Say what quantization costs in MODEL, layer by layer.
+
+    SQNR is the power of a layer's float outputs over that of the error that rounding makes, with float values as its
+    inputs, of all channels or of the median one; "alone" is the change of accuracy with only this layer in integers,
+    "all but it" with only this one in float. The layers that cost most come first.
+
+    \b
+    Example:
+      mobileqat analyze runs/digits/models/ptq.keras --data digits --out analysis
+    """
+    from mobileqat import models, pipeline
+    from mobileqat.report.layers import print_analysis, write_analysis
+
+    dataset = pipeline.load_data(source, data_path, image_size)
+    result = pipeline.analyze_model(models.load_model(model), dataset, scheme, method, samples, limit).to_dict()
+    if out is not None:
+        write_analysis(result, out)
+    if as_json:
+        _print_json(result)
+        return
+    print_analysis(result)
+    if out is not None:
+        click.echo(f"Charts: {out}")
+
+
+@command
+@click.argument("model", type=EXISTING)
+@data_options(required=True)
+@click.option("--budget", required=True, metavar="LIMIT", help="size=60kB, size=60%, cost=0.5ms or cost=80%.")
+@click.option("--scheme", "schemes", multiple=True, default=("w8a8", "w4a8"), help="To choose from; the first counts.")
+@click.option("--with-float", is_flag=True, help="Let layers stay in float.")
+@click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
+@click.option("--limit", default=512, type=click.IntRange(1), help="Validation samples for the search.")
+@click.option("-o", "--output", type=EXISTING, help="Recipe to write.  [default: MODEL-mixed.yaml]")
+@json_option
+def search(model, source, data_path, image_size, budget, schemes, with_float, samples, limit, output, as_json) -> None:
+    """Find the bits of each layer's weights under a budget.
+
+    MODEL is a float model. The result is a recipe for train. A share of a budget counts from the first scheme in all
+    layers; cost is measured on this machine, operator by operator.
+
+    \b
+    Example:
+      mobileqat search model.keras --data cifar10 --budget size=70% -o mixed.yaml
+    """
+    from mobileqat import pipeline
+    from mobileqat.recipe import dump_recipe
+    from mobileqat.report.layers import print_search
+    from mobileqat.search import parse_budget
+
+    path = output or model.with_name(f"{model.stem}-mixed.yaml")
+    _check_output(path, model)
+    data = {"source": source, "path": data_path, "image_size": list(image_size) if image_size else None}
+    recipe, found = pipeline.search_model(model, data, schemes, parse_budget(budget), samples, limit, with_float)
+    pipeline.write_whole(path, lambda temporary: temporary.write_text(dump_recipe(recipe)))
+    if as_json:
+        _print_json(found | {"recipe": str(path)})
+        return
+    print_search(found)
+    click.echo(f"Recipe: {path}, to run with: mobileqat train {path}")
+
+
+@command
 @click.argument("files", type=EXISTING, nargs=-1, required=True)
 @targets_option(("host",))
 @click.option("--runs", default=200, type=click.IntRange(1), help="Timed inferences.")

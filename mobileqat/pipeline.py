@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from functools import cached_property
 from importlib import metadata
@@ -23,6 +23,8 @@ import keras
 import numpy as np
 
 from mobileqat import flatbuffer, models, parity, report
+from mobileqat.adaround import Rounding, adaround
+from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
 from mobileqat.bench.measure import (
     compare_outputs,
@@ -37,9 +39,11 @@ from mobileqat.bench.measure import (
 )
 from mobileqat.bench.record import Agreement, Job, Record, Settings, Target
 from mobileqat.bench.targets import parse_target, require_target
+from mobileqat.bias_correction import BiasCorrection, correct_bias
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, load_dataset
+from mobileqat.equalize import equalize
 from mobileqat.errors import (
     CalibrationError,
     CheckFailed,
@@ -60,6 +64,7 @@ from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.schemes import get_scheme
+from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
@@ -248,10 +253,26 @@ def _ptq(run: Run) -> dict:
         **_plan_options(run, run.model("float")),
     )
     samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
+    equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
+    rounded = _adaround(run, model)
+    corrected = correct_bias(model, samples) if recipe.quantize.correct_bias else BiasCorrection({}, {})
     run.keep_model("ptq", model)
-    return {"plan": plan_rows(model)}
+    return {
+        "plan": plan_rows(model),
+        "equalized": [vars(pair) for pair in equalized],
+        "rounded": [vars(row) for row in rounded],
+        "bias_not_corrected": corrected.skipped,
+    }
+
+
+def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
+    settings = run.recipe.quantize.adaround
+    if settings.steps == 0:
+        return []
+    samples = calibration_samples(run.dataset, settings.samples, run.recipe.seed)
+    return adaround(model, samples, seed=run.recipe.seed, **settings.model_dump(exclude={"samples"}))
 
 
 def _qat(run: Run) -> dict | None:
@@ -562,23 +583,130 @@ def convert_model(
     ranges: Path | None = None,
 ) -> bytes:
     """Converts a quantized model as it is, or a float model with ranges from `dataset`, imported ones, or both."""
-    if not isinstance(model, QuantizedModel):
-        if dataset is None and ranges is None:
-            raise MobileQatError(
-                f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
-            )
-        # An imported range of the input counts more than what is known of the data.
-        model = quantize_model(model, scheme, input_range=dataset.value_range if dataset and not ranges else None)
-        if dataset is not None:
-            calibrate(model, calibration_samples(dataset, samples, seed=0), method)
-        if ranges is not None:
-            missing = set_ranges(model, ranges).missing
-            if missing and dataset is None:
-                raise CalibrationError(
-                    f"'{ranges}' has no range for {len(missing)} tensors: {', '.join(missing[:5])}. Add --data SOURCE "
-                    "to calibrate them."
-                )
+    model = _quantized(model, dataset, scheme, method, samples, ranges)
     return convert(model, input_type=input_type, output_type=output_type)
+
+
+def _quantized(
+    model: keras.Model,
+    dataset: Dataset | None,
+    scheme: str,
+    method: str,
+    samples: int,
+    ranges: Path | None = None,
+) -> QuantizedModel:
+    if isinstance(model, QuantizedModel):
+        return model
+    if dataset is None and ranges is None:
+        raise MobileQatError(
+            f"Model '{model.name}' is float; its activation ranges must come from data. Add --data SOURCE."
+        )
+    # An imported range of the input counts more than what is known of the data.
+    model = quantize_model(model, scheme, input_range=dataset.value_range if dataset and not ranges else None)
+    if dataset is not None:
+        calibrate(model, calibration_samples(dataset, samples, seed=0), method)
+    if ranges is not None:
+        missing = set_ranges(model, ranges).missing
+        if missing and dataset is None:
+            raise CalibrationError(
+                f"'{ranges}' has no range for {len(missing)} tensors: {', '.join(missing[:5])}. Add --data SOURCE "
+                "to calibrate them."
+            )
+    return model
+
+
+def analyze_model(model: keras.Model, dataset: Dataset, scheme: str, method: str, samples: int, limit: int) -> Analysis:
+    """What each layer of a quantized model costs, or of a float model quantized first, on validation samples."""
+    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    return analyze(_quantized(model, dataset, scheme, method, samples), x, lambda outputs: accuracy(outputs, labels))
+
+
+def search_model(
+    path: Path,
+    data: Mapping[str, Any],
+    schemes: Sequence[str],
+    budget: Budget,
+    samples: int,
+    limit: int,
+    with_float: bool = False,
+) -> tuple[Recipe, dict]:
+    """Finds a mixture of schemes under a budget, and verifies points of its front by real conversions.
+
+    Args:
+        path: of a float model.
+        data: a recipe's `data` section.
+        schemes: to choose from; the first is where the search starts.
+        budget: what is bounded, and by how much.
+        samples: training samples for calibration.
+        limit: validation samples for the search, test samples for the verification.
+        with_float: let layers stay in float.
+
+    Returns:
+        A recipe that trains the chosen mixture, and the search as one JSON-able dict.
+
+    Raises:
+        MobileQatError: nothing fits the budget.
+    """
+    model = models.load_model(path)
+    if isinstance(model, QuantizedModel):
+        raise ModelError(f"Model '{model.name}' is quantized already. search takes the float model.")
+    recipe = Recipe.model_validate(
+        {
+            "name": f"{path.stem}-mixed",
+            "description": f"{path.stem} in mixed precision, {budget.what} at most {budget.text}",
+            "data": {**data, "calibration_samples": samples},
+            "model": {"weights": str(path)},
+            "quantize": {"scheme": schemes[0]},
+        }
+    )
+    dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size)
+    calibration = calibration_samples(dataset, samples, seed=0)
+
+    def quantized(**chosen: Any) -> QuantizedModel:
+        result = quantize_model(model, **chosen, input_range=dataset.value_range)
+        calibrate(result, calibration)
+        return result
+
+    uniform = {scheme: quantized(scheme=scheme) for scheme in schemes}
+    costs, base = _costs(uniform, quantized, budget.what, with_float)
+    bound = budget.bound(base + sum(costs[schemes[0]].values()))
+    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    found = search(uniform, costs, bound, x, lambda outputs: accuracy(outputs, labels), base)
+    x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
+    verified = []
+    for mixture in dict.fromkeys((found.front[0].key, found.chosen.key, found.front[-1].key)):
+        result = quantized(**options(dict(mixture)))
+        correct_bias(result, calibration)
+        content = convert(result)
+        row = {"size_bytes": len(content), "accuracy": accuracy(np.asarray(Session(content).predict(x)), labels)}
+        verified.append({"choices": dict(mixture), **row})
+    chosen = recipe.model_dump()
+    chosen["quantize"] |= options(found.chosen.choices)
+    if any(get_scheme(name).weights.bits < 8 for name in set(found.chosen.choices.values()) - {FLOAT}):
+        # Few bits shift means, and leave much to rounding: repaired before training.
+        chosen["quantize"] |= {"correct_bias": True, "adaround": {"steps": 1000}}
+    return Recipe.model_validate(chosen), {"budget": bound, "what": budget.what, **asdict(found), "verified": verified}
+
+
+def _costs(
+    uniform: Mapping[str, QuantizedModel], quantized: Callable[..., QuantizedModel], what: str, with_float: bool
+) -> tuple[dict[str, dict[str, float]], float]:
+    """What every layer with weights costs by choice, and what the rest of the file does."""
+    first = next(iter(uniform.values()))
+    sizes = weight_bytes(uniform, with_float)
+    if what == "size":
+        return sizes, len(convert(first)) - sum(next(iter(sizes.values())).values())
+    files = {scheme: convert(model) for scheme, model in uniform.items()}
+    if with_float:
+        files[FLOAT] = convert(quantized(**options(dict.fromkeys(next(iter(sizes.values())), FLOAT))))
+    comparison = measure(files, settings=Settings(profile=True))
+    outputs = {first.operators[name].operator.output: name for name in next(iter(sizes.values()))}
+    costs: dict[str, dict[str, float]] = {}
+    for scheme, record in comparison.records.items():
+        measured = {row.name.removesuffix("/float32"): row.cost for row in record.profile}
+        costs[scheme] = {name: measured[output] for output, name in outputs.items()}
+    rest = comparison.records[next(iter(uniform))].cost.median - sum(next(iter(costs.values())).values())
+    return costs, max(rest, 0.0)
 
 
 def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, samples: int, runtime: str) -> parity.Parity:
@@ -640,10 +768,12 @@ def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str,
 
 __all__ = [
     "Run",
+    "analyze_model",
     "convert_model",
     "environment",
     "evaluate_file",
     "load_data",
+    "search_model",
     "train",
     "verify_model",
     "write_whole",

@@ -237,6 +237,15 @@ class QatTraining(Training):
 DEFAULT_PERCENTILE = 99.99
 
 
+class AdaRound(Section):
+    """Learned rounding of weights before any training (Nagel et al. 2020); worth its time below 8 bits."""
+
+    steps: int = Field(default=0, ge=0, description="per layer, such as 1000; 0 rounds to nearest")
+    samples: int = Field(default=1024, ge=1, description="training examples; a layer's values on all are in memory")
+    batch_size: int = Field(default=32, ge=1, description="examples per step")
+    learning_rate: float = Field(default=0.03, gt=0, description="of Adam")
+
+
 class Quantize(Section):
     """What is quantized to what, and how ranges are first found."""
 
@@ -270,6 +279,12 @@ class Quantize(Section):
     exclude: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = Field(
         default=(), description="patterns of layer paths that stay in float, such as head/*"
     )
+
+    equalize: bool = Field(
+        default=False, description="even out the ranges of channels between consecutive layers first"
+    )
+    correct_bias: bool = Field(default=False, description="put back the means that rounding shifts")
+    adaround: AdaRound = Field(default=AdaRound(), description="learned rounding of weights")
 
     @model_validator(mode="after")
     def _percentile_fits_calibration(self) -> "Quantize":
@@ -424,6 +439,7 @@ NATIVE_KEYS = (
     *("quantize.layers", "quantize.narrow_storage", "quantize.weight_range"),
     *("quantize.learn_activation_ranges", "qat.start_after", "qat.estimator", "qat.damping"),
     *("qat.freeze_oscillations", "qat.reestimate_batch_norm"),
+    *("quantize.equalize", "quantize.correct_bias", "quantize.adaround"),
     *("qat.freeze_observers_after", "qat.freeze_batch_norm_after"),
     *("parity.samples", "parity.min_identical_conv", "parity.min_identical_other", "parity.max_lsb"),
 )

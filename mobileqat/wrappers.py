@@ -137,10 +137,15 @@ class QuantizeWrapper(keras.layers.Layer):
 
     def float_call(self, inputs, training=None, quantized=False):
         """The float layers, their kernel fake-quantized if asked for; no activation is quantized."""
+        x = self.linear_call(inputs, training, quantized)
+        return x if self.activation is None else self.activation(x)
+
+    def linear_call(self, inputs, training=None, quantized=False):
+        """`float_call` without the fused ReLU."""
         x = self._call_layer(inputs, training, self.weight_spec if quantized else None)
         if self.batch_norm is not None:
             x = self.batch_norm(x, training=bool(training) and not self.batch_norm_frozen)
-        return x if self.activation is None else self.activation(x)
+        return x
 
     def _call_layer(self, inputs, training, spec: QuantSpec | None):
         arguments = {"training": training} if self.layer._call_has_training_arg else {}
@@ -179,6 +184,13 @@ class QuantizeWrapper(keras.layers.Layer):
         """The kernel that is applied to the input as it comes: with the prologue's scale taken in."""
         kernel = tf.convert_to_tensor(self.layer.kernel)
         return kernel if self.prologue is None else kernel * self._per_input(self.prologue[0])
+
+    def layer_kernel(self, kernel):
+        """The layer's own weights that `kernel` makes this one of."""
+        if self.prologue is None:
+            return kernel
+        factor = self._per_input(self.prologue[0])
+        return tf.where(factor == 0, self.layer.kernel, kernel / tf.where(factor == 0, 1.0, factor))
 
     def bias(self):
         """The bias, float32 [channels], with the prologue's offset taken in."""

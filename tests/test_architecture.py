@@ -85,7 +85,11 @@ def test_only_lowering_knows_how_layers_are_lowered():
     assert importers <= {"lowering", *parts}
 
 
-@pytest.mark.parametrize("name", ["quantize", "calibrate", "convert", "parity", "train"])
+CORE = ["quantize", "calibrate", "convert", "parity", "train"]
+CORE += ["layerwise", "equalize", "bias_correction", "adaround", "analyze", "search"]
+
+
+@pytest.mark.parametrize("name", CORE)
 def test_the_core_does_not_know_the_program(name):
     assert not inside(imports(modules()[name])) & {"pipeline", "cli", "console", "report", "bench", "rundir"}
 

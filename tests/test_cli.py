@@ -19,6 +19,7 @@ from mobileqat import cli
 from mobileqat.errors import ParityError, TrainingError
 
 COMMANDS = (
+    "analyze",
     "bench",
     "convert",
     "doctor",
@@ -27,6 +28,7 @@ COMMANDS = (
     "inspect",
     "recipes",
     "report",
+    "search",
     "train",
     "verify",
 )
@@ -134,6 +136,7 @@ def test_help():
         "  -h, --help  Show this message and exit.\n"
         "\n"
         "Commands:\n"
+        "  analyze        Say what quantization costs in MODEL, layer by layer.\n"
         "  bench          Measure what one inference of FILES costs, here or elsewhere.\n"
         "  convert        Convert MODEL to an integer .tflite file.\n"
         "  doctor         Say what targets need, and how to install what is missing.\n"
@@ -142,6 +145,7 @@ def test_help():
         "  inspect        Say what is inside FILE, and whether it is fully integer.\n"
         "  recipes        List the shipped recipes.\n"
         "  report         Print the report of RUN_DIR again.\n"
+        "  search         Find the bits of each layer's weights under a budget.\n"
         "  train          Run a RECIPE: a file, or the name of a shipped one.\n"
         "  verify         Compare the quantized Keras MODEL with FILE, in LSBs.\n"
     )
@@ -346,6 +350,53 @@ def test_evaluate_gives_the_same_for_a_model_and_its_file(folder):
     assert file["accuracy"] == model["accuracy"]
     assert file["per_class"] == model["per_class"]
     assert (file["samples"], file["runtime"], model["runtime"]) == (100, "litert", "keras")
+
+
+def test_analyze(folder, tmp_path):
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--limit", 20)
+    result = run("analyze", folder / "quantized.keras", *data, "--out", tmp_path / "charts")
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("float ") and any(line.startswith("conv ") for line in lines)
+    assert lines[-1] == f"Charts: {tmp_path / 'charts'}"
+    names = {path.name for path in (tmp_path / "charts").iterdir()}
+    assert {"analysis.json", "sqnr.svg", "metric.svg"} < names and any("conv" in name for name in names)
+    printed = json.loads(run("analyze", folder / "float.keras", *data, "--scheme", "w4a8", "--json").stdout)
+    assert {row["name"] for row in printed["layers"]} == {"conv", "classes", "classes/softmax"}
+    written = json.loads((tmp_path / "charts" / "analysis.json").read_text())
+    assert printed["samples"] == written["samples"] == 20 and printed["float_metric"] == written["float_metric"]
+
+
+def test_search_writes_a_recipe_that_trains(folder, tmp_path):
+    from mobileqat.recipe import load_recipe
+
+    recipe = tmp_path / "mixed.yaml"
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--samples", 32, "--limit", 20)
+    result = run("search", folder / "float.keras", *data, "--budget", "size=85%", "-o", recipe)
+    assert "(chosen)" in result.stdout and str(recipe) in result.stdout
+    settings = load_recipe(recipe).quantize
+    assert settings.scheme == "w4a8" or set(settings.layers.values()) == {"w4a8"}
+    assert settings.correct_bias and settings.adaround.steps == 1000
+    overrides = (
+        "quantize.adaround.steps=5",
+        "qat.epochs=1",
+        "qat.batch_size=64",
+        "bench.enabled=false",
+        "parity.samples=4",
+        "evaluate.limit=20",
+    )
+    arguments = [part for override in overrides for part in ("--set", override)]
+    run("train", recipe, "--out", tmp_path / "run", *arguments)
+    assert "budget" in error("search", folder / "float.keras", *data, "--budget", "size=1kB", "-o", recipe)
+    assert "Not a budget" in error("search", folder / "float.keras", *data, "--budget", "bytes=3", "-o", recipe)
+    assert "quantized already" in error("search", folder / "quantized.keras", *data, "--budget", "size=85%")
+
+
+def test_search_by_measured_cost(folder, tmp_path):
+    data = ("--data", "npz", "--data-path", folder / "digits.npz", "--samples", 32, "--limit", 20)
+    options = ("--budget", "cost=1000%", "--with-float", "-o", tmp_path / "mixed.yaml", "--json")
+    found = json.loads(run("search", folder / "float.keras", *data, *options).stdout)
+    assert found["what"] == "cost" and found["chosen"]["cost"] <= found["budget"]
+    assert set(found["noise"]["conv"]) == {"w8a8", "w4a8", "float"}
 
 
 def test_evaluate_prints_a_line_per_class(folder):

@@ -121,6 +121,24 @@ def test_every_artefact_is_there(small_run):
     assert list(directory.glob("tensorboard/qat/train/events.*"))
 
 
+def test_techniques_before_training_repair_few_bits(small_run, tmp_path):
+    weights = small_run[0] / "models" / "float.keras"
+    plain = [f"model.weights={weights}", "model.name=null", "float.epochs=0", "qat.enabled=false"]
+    plain += ["bench.enabled=false", "quantize.scheme=w3a8"]
+    techniques = ["equalize=true", "correct_bias=true", "adaround={steps: 100, samples: 128}"]
+    techniques = [f"quantize.{technique}" for technique in techniques]
+    accuracies = {}
+    for name, overrides in (("plain", plain), ("repaired", plain + techniques)):
+        results = pipeline.train(load_recipe("digits_dscnn_w8a8", overrides), tmp_path / name)
+        accuracies[name] = results["variants"]["ptq"]["accuracy"]["interpreter"]
+        assert results["variants"]["ptq"]["parity"]["passed"]
+    assert accuracies["repaired"] > accuracies["plain"]
+    notes = json.loads((tmp_path / "repaired" / "steps" / "ptq.json").read_text())["result"]["result"]
+    rounded = {row["operator"] for row in notes["rounded"]}
+    assert rounded == {row["layers"][0] for row in notes["plan"] if row["weight_bits"]} and notes["equalized"]
+    assert all(row["error"] <= row["error_before"] for row in notes["rounded"])
+
+
 def test_the_report_is_what_was_returned(small_run):
     directory, results = small_run
     assert (directory / "report.json").read_text() == json.dumps(results, indent=1) + "\n"

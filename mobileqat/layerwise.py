@@ -1,0 +1,118 @@
+"""Runs a quantized model operator by operator on samples, in float and in integers side by side.
+
+For techniques that change one layer's weights at a time: what comes after a changed layer sees the change in its
+integer inputs, while the float values it is compared with stay those of the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mobileqat.calibrate import as_arrays
+from mobileqat.errors import CalibrationError, ModelError
+from mobileqat.quantize import QuantizedModel
+from mobileqat.rules import CONSTANT
+from mobileqat.wrappers import QuantizeWrapper
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator and its values on all samples.
+
+    Args:
+        wrapper: the operator.
+        float_inputs: its inputs in the float model, [n, ...] each.
+        inputs: its inputs as the quantized operators before it make them.
+        float_output: its output in the float model.
+        run: `run(function, inputs)` calls a function of such inputs in batches.
+    """
+
+    wrapper: QuantizeWrapper
+    float_inputs: list[np.ndarray]
+    inputs: list[np.ndarray]
+    float_output: np.ndarray
+    run: Callable[[Callable, list[np.ndarray]], np.ndarray]
+
+
+def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[Step]:
+    """Gives every operator in execution order, and runs it in integers once the caller is done with it.
+
+    The caller may change the weights of the operator it is given, and of no other.  Values are held in memory until
+    their last reader is done.
+
+    Args:
+        model: calibrated.
+        samples: an array [n, ...], or a list or dict of arrays for several inputs.
+        batch_size: samples that run together.
+
+    Raises:
+        ModelError: not a quantized model.
+        CalibrationError: a range is missing, or there is no sample.
+        DataError: samples that do not fit the model's inputs.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
+    model._require_ranges()
+    arrays = as_arrays(model, samples)
+    if not len(arrays[0]):
+        raise CalibrationError("There is no sample to run the model on.")
+    run = _Runner(model, batch_size)
+    float_values = dict(zip(model.plan.inputs, arrays, strict=True))
+    values = {name: run.snap(name, array) for name, array in float_values.items()}
+    last_reader = {name: op.name for op in model.plan.operators for name in run.inputs(op)}
+    for operator, wrapper in zip(model.plan.operators, model.operators.values(), strict=True):
+        names = run.inputs(operator)
+        float_inputs, inputs = [float_values[n] for n in names], [values[n] for n in names]
+        run_this = partial(run, operator)
+        output = run_this(partial(wrapper.float_call, training=False), float_inputs)
+        yield Step(wrapper, float_inputs, inputs, output, run_this)
+        float_values[operator.output], values[operator.output] = output, run_this(wrapper, inputs)
+        for name in set(names):
+            if last_reader[name] == operator.name:
+                del float_values[name], values[name]
+
+
+def shared_layers(model: QuantizedModel) -> set[str]:
+    """Operators whose weights another operator uses as well: changing them here would change them there."""
+    counts = Counter(id(wrapper.layer) for wrapper in model.operators.values())
+    counts.update(id(w.batch_norm) for w in model.operators.values() if w.batch_norm is not None)
+    return {
+        name
+        for name, wrapper in model.operators.items()
+        if counts[id(wrapper.layer)] > 1 or (wrapper.batch_norm is not None and counts[id(wrapper.batch_norm)] > 1)
+    }
+
+
+class _Runner:
+    """Runs functions of a plan's tensors in batches."""
+
+    def __init__(self, model: QuantizedModel, batch_size: int):
+        self.model = model
+        self.batch_size = batch_size
+
+    def inputs(self, operator) -> tuple[str, ...]:
+        # A constant reads nothing; an input of the model gives it the size of the batch.
+        return self.model.plan.inputs[:1] if operator.kind == CONSTANT else operator.inputs
+
+    def snap(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A model input on its grid, if it has one."""
+        quantizer = self.model.quantizers.get(name)
+        return array if quantizer is None else np.asarray(quantizer(array, training=False))
+
+    def __call__(self, operator, function: Callable, inputs: list[np.ndarray]) -> np.ndarray:
+        tensors = self.model.plan.tensors
+        is_batched = [tensors[name].has_batch for name in self.inputs(operator)]
+        count = max([len(x) for x, split in zip(inputs, is_batched, strict=True) if split], default=1)
+        parts = []
+        for start in range(0, count, self.batch_size):
+            part = [
+                x[start : start + self.batch_size] if split else x for x, split in zip(inputs, is_batched, strict=True)
+            ]
+            parts.append(np.asarray(function(part if len(part) > 1 else part[0])))
+        return np.concatenate(parts) if tensors[operator.output].has_batch else parts[0]

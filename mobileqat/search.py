@@ -1,0 +1,220 @@
+"""Mixed precision: which layers get few bits, under a budget of bytes or of measured time.
+
+The noise that each choice for each layer adds to the model's output, all others at the first choice, is measured once;
+noises of several layers are taken to add up, as in HAWQ-V2 (Dong et al. 2020).  Then the change that saves most for the
+noise it adds is made, again and again until none is left: a path of mixtures from large to small.  Each is run as a
+whole, and the one with the best metric inside the budget is chosen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mobileqat.analyze import Metric, SwitchedModel
+from mobileqat.errors import MobileQatError
+from mobileqat.quantize import QuantizedModel
+
+FLOAT = "float"
+Costs = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A choice for every layer with weights.
+
+    Args:
+        choices: scheme, or "float", by operator.
+        cost: what the budget counts, predicted.
+        metric: of the simulated model on the samples.
+    """
+
+    choices: dict[str, str]
+    cost: float
+    metric: float
+
+    @property
+    def key(self) -> tuple[tuple[str, str], ...]:
+        """The choices, hashable."""
+        return tuple(self.choices.items())
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An upper bound, absolute or a share of what the first scheme costs everywhere.
+
+    Args:
+        what: "size" in bytes, or "cost" in milliseconds of one inference.
+        amount: of it.
+        is_share: whether `amount` is a share.
+        text: as it was written.
+    """
+
+    what: str
+    amount: float
+    is_share: bool
+    text: str
+
+    def bound(self, whole: float) -> float:
+        return self.amount * whole if self.is_share else self.amount
+
+
+_UNITS = {"%": 0.01, "kB": 1e3, "MB": 1e6, "B": 1.0, "ms": 1.0, "": 1.0}
+
+
+def parse_budget(text: str) -> Budget:
+    """Reads "size=60kB", "size=60%", "cost=0.5ms" or "cost=80%".
+
+    Raises:
+        MobileQatError: anything else.
+    """
+    match = re.fullmatch(r"(size|cost)=([0-9.]+) ?(%|kB|MB|B|ms|)", text)
+    try:
+        what, number, unit = match.groups() if match else ("", "", "")
+        amount = float(number) * _UNITS[unit]
+    except ValueError:
+        amount = 0.0
+    if not amount > 0:
+        raise MobileQatError(
+            f"Not a budget: {text!r}. Expected size=60kB, size=60% (of the first scheme's), cost=0.5ms or cost=80%."
+        )
+    return Budget(what, amount, unit == "%", text.partition("=")[2])
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `search` found.
+
+    Args:
+        noise: by layer and choice, power of the output's error over that of the output, with only this layer changed.
+        front: mixtures of which none is beaten in both cost and metric, the most expensive one first.
+        chosen: the one inside the budget with the best metric.
+    """
+
+    noise: dict[str, dict[str, float]]
+    front: tuple[Mixture, ...]
+    chosen: Mixture
+
+
+def search(
+    models: Mapping[str, QuantizedModel],
+    costs: Costs,
+    budget: float,
+    samples: Any,
+    metric: Metric,
+    base_cost: float = 0.0,
+    batch_size: int = 64,
+) -> Search:
+    """Chooses a scheme for every layer with weights.
+
+    Args:
+        models: the same float model quantized as a whole, by scheme, calibrated; the first is where the search starts.
+        costs: what each operator costs, by scheme; an entry "float" lets layers stay in float.
+        budget: upper bound of the sum.
+        samples: an array [n, ...], or a list or dict of arrays for several inputs.
+        metric: of the model's first output on the samples; more is better.
+        base_cost: what is paid whatever is chosen.
+        batch_size: samples that run together.
+
+    Raises:
+        MobileQatError: nothing fits the budget, or fewer than two choices.
+    """
+    names = [*models, *([FLOAT] if FLOAT in costs else [])]
+    if len(names) < 2:
+        raise MobileQatError(f"A search needs at least two schemes to choose from. Received: {', '.join(names)}")
+    switched = SwitchedModel(*models.values())
+    layers = [name for name, w in next(iter(models.values())).operators.items() if w.weight_spec is not None]
+    numbers = {name: index for index, name in enumerate(models, 1)} | {FLOAT: 0}
+
+    def outputs(choices: Mapping[str, str]) -> np.ndarray:
+        vector = dict.fromkeys(switched.operators, 1) | {layer: numbers[choice] for layer, choice in choices.items()}
+        return switched.predict(samples, vector, batch_size)
+
+    start = dict.fromkeys(layers, names[0])
+    real = switched.predict(samples, {}, batch_size)
+    noise = {layer: {name: _noise(real, outputs(start | {layer: name})) for name in names} for layer in layers}
+    path = _descend(start, noise, costs)
+    mixtures = [Mixture(m, base_cost + _cost(m, costs), metric(outputs(m))) for m in path]
+    fitting = [mixture for mixture in mixtures if mixture.cost <= budget]
+    if not fitting:
+        least = min(mixture.cost for mixture in mixtures)
+        raise MobileQatError(f"Nothing fits the budget of {budget:,.6g}: the smallest mixture costs {least:,.6g}.")
+    return Search(noise, _pareto(mixtures), max(fitting, key=lambda mixture: (mixture.metric, -mixture.cost)))
+
+
+def _noise(real: np.ndarray, outputs: np.ndarray) -> float:
+    return float(np.mean(np.square(outputs - real)) / max(np.mean(np.square(real)), 1e-30))
+
+
+def _cost(choices: Mapping[str, str], costs: Costs) -> float:
+    return sum(costs[choice][layer] for layer, choice in choices.items())
+
+
+def _descend(start: dict[str, str], noise: dict[str, dict[str, float]], costs: Costs) -> list[dict[str, str]]:
+    """The start, the quietest mixture whatever it costs, and from there one change after the other."""
+    current = {layer: min(noise[layer], key=lambda name: (noise[layer][name], costs[name][layer])) for layer in start}
+    path = [start, current]
+    while moves := list(_moves(current, noise, costs)):
+        _, layer, name = min(moves)
+        current = current | {layer: name}
+        path.append(current)
+    return path
+
+
+def _moves(current: Mapping[str, str], noise: dict[str, dict[str, float]], costs: Costs):
+    """Changes that save something: `(noise added per cost saved, layer, choice)`."""
+    for layer, now in current.items():
+        for name in noise[layer]:
+            saved = costs[now][layer] - costs[name][layer]
+            if saved > 0:
+                yield (max(noise[layer][name] - noise[layer][now], 0.0) / saved, layer, name)
+
+
+def _pareto(mixtures: Sequence[Mixture]) -> tuple[Mixture, ...]:
+    front: list[Mixture] = []
+    for mixture in sorted(mixtures, key=lambda m: (m.cost, -m.metric)):
+        if not front or mixture.metric > front[-1].metric:
+            front.append(mixture)
+    return tuple(reversed(front))
+
+
+# ------------------------------------------------------------------ what a mixture costs, and how it is written
+
+
+def weight_bytes(models: Mapping[str, QuantizedModel], with_float: bool = False) -> dict[str, dict[str, float]]:
+    """Bytes of every layer's kernel in the file, by scheme."""
+    costs = {
+        scheme: {
+            name: float(-(-int(np.prod(wrapper.layer.kernel.shape)) * wrapper.operator.storage_bits // 8))
+            for name, wrapper in model.operators.items()
+            if wrapper.weight_spec is not None
+        }
+        for scheme, model in models.items()
+    }
+    if with_float:
+        wrappers = next(iter(models.values())).operators
+        sizes = {name: 4.0 * int(np.prod(wrappers[name].layer.kernel.shape)) for name in next(iter(costs.values()))}
+        costs[FLOAT] = sizes
+    return costs
+
+
+def options(choices: Mapping[str, str]) -> dict[str, Any]:
+    """`scheme`, `layers` and `exclude` of `quantize_model`, or of a recipe, for a mixture: the most frequent scheme
+    and, by pattern, the others."""
+    schemes = [choice for choice in choices.values() if choice != FLOAT]
+    scheme = max(dict.fromkeys(schemes), key=schemes.count) if schemes else "w8a8"
+    others = {layer: choice for layer, choice in choices.items() if choice not in (FLOAT, scheme)}
+    return {
+        "scheme": scheme,
+        "layers": {_pattern(layer): choice for layer, choice in others.items()},
+        "exclude": [_pattern(layer) for layer, choice in choices.items() if choice == FLOAT],
+    }
+
+
+def _pattern(name: str) -> str:
+    """A pattern that matches this name alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
