@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tasks import TASKS, TFMOT_STEPS, Cell, recipe_of, source_of
 
 from mobileqat.errors import CheckFailed
 from mobileqat.recipe import Recipe, dump_recipe, parse_recipe
-from tasks import TASKS, TFMOT_STEPS, Cell, recipe_of, source_of
 
 TRAINING_KEYS = (
     "epochs",
