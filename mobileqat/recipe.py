@@ -69,10 +69,10 @@ def _conflict(key: str, problem: str) -> PydanticCustomError:
     return PydanticCustomError("conflict", "{problem}", {"key": key, "problem": problem})
 
 
-PathlessSource = Literal["digits", "cifar10", "fashion_mnist"]
+PathlessSource = Literal["digits", "cifar10", "fashion_mnist", "fsdd", "kws01", "trashnet"]
 PathSource = Literal["image_folder", "npz"]
 Engine = Literal["native", "tfmot"]
-ReferenceModel = Literal["dscnn", "resnet8", "mobilenet_v1"]
+ReferenceModel = Literal["dscnn", "resnet8", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"]
 SOURCES = f"{', '.join(get_args(PathlessSource) + get_args(PathSource))} or module:function"
 MODELS = f"{', '.join(get_args(ReferenceModel))} or module:function"
 

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "runtime": {"errors", "flatbuffer", "numerics"},
     "evaluate": {"errors"},
     "recipe": {"bench", "errors"},
-    "models": {"errors", "quantize"},
+    "models": {"errors", "models", "quantize"},
     "rundir": {"errors"},
 }
 

@@ -4,10 +4,13 @@ Tests on the real CIFAR-10 and Fashion-MNIST run where MOBILEQAT_DATA names a fo
 """
 
 import gzip
+import itertools
 import lzma
 import os
+import shutil
 import subprocess
 import sys
+import wave
 import zipfile
 from pathlib import Path
 
@@ -18,9 +21,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mobileqat import data
-from mobileqat.data import builtin, cache
+from mobileqat.data import builtin, cache, speech, trashnet
 from mobileqat.data.dataset import build_dataset
 from mobileqat.data.packed import read_packed
+from mobileqat.data.speech import mel_filters, mfcc
 from mobileqat.data.split import shuffled_ranks, stratified_split
 from mobileqat.errors import DataError
 
@@ -76,7 +80,8 @@ def test_import_is_light():
 
 
 def test_sources_are_one_line_each():
-    assert list(data.sources()) == ["cifar10", "digits", "fashion_mnist", "image_folder", "npz"]
+    names = ["cifar10", "digits", "fashion_mnist", "fsdd", "image_folder", "kws01", "npz", "trashnet"]
+    assert list(data.sources()) == names
     assert all(description and "\n" not in description for description in data.sources().values())
 
 
@@ -816,6 +821,136 @@ def test_real_fashion_mnist(monkeypatch):
 
 
 # --- where known datasets come from
+
+
+# --- speech
+
+
+def test_mel_filters_cover_every_frequency_once():
+    filters = mel_filters(8000, 512)
+    assert filters.shape == (257, 40) and filters.min() == 0
+    inside = filters[4:235].sum(axis=1)
+    assert (inside > 0.99).all() and (inside < 1.01).all()
+
+
+def test_mfcc_of_silence_and_of_a_tone():
+    tone = (8000 * np.sin(2 * np.pi * 1000 / 8000 * np.arange(4000))).astype(np.int16)
+    silent, half = mfcc([np.zeros(100, np.int16), tone], 8000)[..., 0]
+    assert silent.shape == (49, 10) and silent.dtype == np.float32
+    np.testing.assert_allclose(silent[:, 0], np.log(1e-6) * np.sqrt(40), rtol=1e-6)
+    np.testing.assert_allclose(silent[:, 1:], 0, atol=1e-4)
+    np.testing.assert_array_equal(half[26:], silent[26:])  # padded at its end
+    np.testing.assert_allclose(half[:20], np.broadcast_to(half[0], (20, 10)), rtol=0.05, atol=0.5)
+
+
+def write_recordings(folder, rate=8000, speakers=("lucas", "nina"), takes=(0, 5, 6)):
+    folder.mkdir(parents=True)
+    samples = np.random.default_rng(0).integers(-3000, 3000, 2000, np.int16)
+    for digit, speaker, take in itertools.product(range(10), speakers, takes):
+        with wave.open(str(folder / f"{digit}_{speaker}_{take}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes((samples // (digit + 1)).astype("<i2").tobytes())
+
+
+def test_fsdd_from_recordings_and_in_one_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILEQAT_DATA", str(tmp_path))
+    write_recordings(tmp_path / "fsdd/recordings")
+    official = data.load_dataset("fsdd")
+    assert (len(official.train.x) + len(official.validation.x), len(official.test.x)) == (40, 20)
+    speakers = data.load_dataset("fsdd", split="speakers")
+    assert (len(speakers.train.x) + len(speakers.validation.x), len(speakers.test.x)) == (30, 30)
+    assert official.test.x.shape[1:] == (49, 10, 1) and official.value_range is None
+    clips = [speech._read_clip(file) for file in sorted((tmp_path / "fsdd/recordings").glob("*.wav"))]
+    np.savez(
+        tmp_path / "fsdd/fsdd.npz",
+        audio=np.concatenate([clip.samples for clip in clips]),
+        offsets=np.cumsum([0, *(len(clip.samples) for clip in clips)]),
+        **{name: np.array([getattr(clip, name) for clip in clips]) for name in ("digit", "speaker", "take")},
+    )
+    np.testing.assert_array_equal(data.load_dataset("fsdd").test.x, official.test.x)
+
+
+def test_fsdd_errors(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOBILEQAT_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"split must be one of official, speakers. Received: split='odd'"):
+        data.load_dataset("fsdd", split="odd")
+    (tmp_path / "fsdd/recordings").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no \.wav files"):
+        data.load_dataset("fsdd")
+    (tmp_path / "fsdd/recordings/0_lucas_0.wav").write_bytes(b"RIFF")
+    with pytest.raises(DataError, match=r"cannot read the recording .*0_lucas_0"):
+        data.load_dataset("fsdd")
+    shutil.rmtree(tmp_path / "fsdd")
+    write_recordings(tmp_path / "fsdd/recordings", rate=16000)
+    with pytest.raises(DataError, match=r"\(16000, 2, 1\); expected \(8000, 2, 1\)"):
+        data.load_dataset("fsdd")
+    np.savez(tmp_path / "fsdd/fsdd.npz", audio=np.zeros(3))
+    with pytest.raises(DataError, match=r"expected audio, digit, offsets"):
+        data.load_dataset("fsdd")
+
+
+def test_failed_download_of_fsdd_says_what_to_do(monkeypatch):
+    import keras
+
+    def fail(*_, **__):
+        raise Exception("no route to host")
+
+    monkeypatch.setattr(keras.utils, "get_file", fail)
+    with pytest.raises(DataError, match=r"no route to host.*<folder>/fsdd/recordings and set MOBILEQAT_DATA"):
+        data.load_dataset("fsdd")
+
+
+def test_kws01(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="set MOBILEQAT_DATA=<folder>"):
+        data.load_dataset("kws01")
+    monkeypatch.setenv("MOBILEQAT_DATA", str(tmp_path))
+    folder = tmp_path / "mlperf-tiny/npz"
+    folder.mkdir(parents=True)
+    integers = np.random.default_rng(0).integers(-128, 128, (240, 49, 10, 1), np.int8)
+    np.savez(folder / "kws01.npz", mfcc=integers, y=np.repeat(np.arange(12, dtype=np.uint8), 20))
+    dataset = data.load_dataset("kws01")
+    parts = (dataset.train, dataset.validation, dataset.test)
+    assert [len(part.x) for part in parts] == [36, 12, 192]
+    # The known range is the grid that the samples lie on: (128 + 127) steps.
+    low, high = dataset.value_range
+    steps = (dataset.test.x - low) / ((high - low) / 255)
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-3)
+    np.savez(folder / "kws01.npz", x=integers)
+    with pytest.raises(DataError, match="expected mfcc and y"):
+        data.load_dataset("kws01")
+
+
+# --- TrashNet
+
+
+def test_trashnet(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="garythung/trashnet there and set MOBILEQAT_DATA"):
+        data.load_dataset("trashnet")
+    monkeypatch.setenv("MOBILEQAT_DATA", str(tmp_path))
+    splits = {"train": (1, 2, 3), "val": (4,), "test": (5, 6)}
+    (tmp_path / "trashnet/splits").mkdir(parents=True)
+    for name in trashnet.CLASSES:
+        for number in range(1, 7):
+            write_image(tmp_path / f"trashnet/images/{name}/{name}{number}.png", 10 * number, (12, 16), "L")
+        for file in (tmp_path / f"trashnet/images/{name}").iterdir():
+            file.rename(file.with_suffix(".jpg"))
+    for split, numbers in splits.items():
+        lines = [f"{name}{number}.jpg 1" for name in trashnet.CLASSES for number in numbers]
+        (tmp_path / f"trashnet/splits/one-indexed-files-notrash_{split}.txt").write_text("\n".join(lines) + "\n")
+    dataset = data.load_dataset("trashnet", image_size=(6, 8))
+    assert dataset.class_names == trashnet.CLASSES and dataset.value_range == (0, 255)
+    parts = {"train": dataset.train, "val": dataset.validation, "test": dataset.test}
+    for split, part in parts.items():
+        assert part.x.shape == (6 * len(splits[split]), 6, 8, 3)
+        assert set(part.x.flat) == {10 * number for number in splits[split]}
+    write_image(tmp_path / "trashnet/images/glass/glass9.jpg")
+    with pytest.raises(DataError, match=r"glass9.jpg is in none of the authors' lists"):
+        data.load_dataset("trashnet")
+    (tmp_path / "trashnet/splits/one-indexed-files-notrash_val.txt").unlink()
+    with pytest.raises(DataError, match="Put the authors' lists there"):
+        data.load_dataset("trashnet")
 
 
 def test_local_folder_must_exist(monkeypatch):

@@ -18,6 +18,21 @@ def test_reference_models(name, layers, parameters):
     assert (len(model.layers), model.count_params()) == (layers, parameters)
 
 
+@pytest.mark.parametrize(
+    "name, shape, arguments, layers, parameters, last",
+    [
+        ("dscnn", (49, 10, 1), {"filters": 64, "blocks": 4, "kernel_size": [10, 4], "strides": 2}, 31, 24_202, (25, 5)),
+        ("mobilenet_v2", (96, 128, 3), {}, 153, 342_378, (3, 4)),
+        ("mobilenet_v3_small", (32, 32, 3), {"strides": [1, 1, 2, 2, 2]}, 141, 415_538, (4, 4)),
+        ("mobilenet_v3_small", (64, 64, 1), {}, 140, 415_394, (2, 2)),
+    ],
+)
+def test_reference_models_for_other_inputs(name, shape, arguments, layers, parameters, last):
+    model = build_model(name, shape, 10, arguments)
+    assert model.get_layer("pool").input.shape[1:3] == last
+    assert (len(model.layers), model.count_params()) == (layers, parameters)
+
+
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_reference_models_are_fully_supported(name):
     model = build_model(name, (16, 16, 3), 4, {"alpha": 0.1} if name == "mobilenet_v1" else {})

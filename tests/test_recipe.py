@@ -26,10 +26,14 @@ from mobileqat.recipe import (
 )
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SHIPPED = ["cifar10_resnet8_w8a8", "digits_dscnn_w8a8", "fashion_mnist_mobilenetv1_w8a8"]
+SHIPPED = [
+    *("cifar10_mobilenetv3_w8a8", "cifar10_resnet8_w8a8", "digits_dscnn_w8a8", "fashion_mnist_mobilenetv1_w8a8"),
+    *("fsdd_dscnn_w8a8", "kws01_dscnn_w8a8", "trashnet_mobilenetv2_w8a8"),
+]
 SECTIONS = (
     "name, description, seed, engine, data, model, float, quantize, qat, convert, parity, evaluate, bench, report"
 )
+SOURCES = "digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz or module:function"
 MINIMAL = """\
 name: small
 description: the least that is a recipe
@@ -147,8 +151,7 @@ qat:
         "r.yaml:1: name: wrong value, expected letters, digits, '_', '-' and '.', received 'a b'",
         "r.yaml:2: description: wrong value, expected one line of text, received 'two\\nlines'",
         f"r.yaml:3: sed: unknown key (did you mean 'seed'?), expected one of {SECTIONS}, received 'sed'",
-        "r.yaml:5: data.source: wrong value, expected digits, cifar10, fashion_mnist, image_folder, npz or "
-        "module:function, received 'cifar'",
+        f"r.yaml:5: data.source: wrong value, expected {SOURCES}, received 'cifar'",
         "r.yaml:6: data.path: wrong type, expected text (quote it), a number, true, false or null, received timestamp",
         'r.yaml:7: data.image_size: wrong value, expected null or [height, width] in pixels, received [32, "32"]',
         "r.yaml:8: data.options: wrong type, expected a mapping of keys to values, received [1]",
@@ -170,9 +173,9 @@ def test_missing_keys() -> None:
     assert error_of("data: {}\n\nmodel: {args: {}}\n").splitlines() == [
         "r.yaml:1: name: missing, expected the recipe's name: letters, digits, '_', '-' and '.', received nothing",
         "r.yaml:1: description: missing, expected one line for the list of recipes, received nothing",
-        "r.yaml:1: data.source: missing, expected digits, cifar10, fashion_mnist, image_folder, npz or "
-        "module:function, received nothing",
-        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1 or module:function, or weights with a "
+        f"r.yaml:1: data.source: missing, expected {SOURCES}, received nothing",
+        "r.yaml:3: model.name: missing, expected dscnn, resnet8, mobilenet_v1, mobilenet_v2, mobilenet_v3_small "
+        "or module:function, or weights with a "
         "whole model, received nothing",
     ]
 

@@ -16,7 +16,9 @@ from mobileqat.data.dataset import Dataset, Split, build_dataset
 from mobileqat.data.folder import load_image_folder
 from mobileqat.data.function import check_arguments, load_function
 from mobileqat.data.npz import load_npz
+from mobileqat.data.speech import load_fsdd, load_kws01
 from mobileqat.data.split import calibration_samples
+from mobileqat.data.trashnet import load_trashnet
 from mobileqat.errors import DataError
 
 __all__ = ["Dataset", "Split", "augment_images", "calibration_samples", "load_dataset", "sources"]
@@ -31,8 +33,11 @@ SOURCES = {
     "cifar10": Source("CIFAR-10 photographs, 32x32x3, 10 classes, 50000 + 10000", load_cifar10),
     "digits": Source("scikit-learn's handwritten digits, 8x8x1, 10 classes, 1797", load_digits),
     "fashion_mnist": Source("Fashion-MNIST clothes, 28x28x1, 10 classes, 60000 + 10000", load_fashion_mnist),
+    "fsdd": Source("Free Spoken Digit Dataset as MFCC, 49x10x1, 10 classes, 3000", load_fsdd),
     "image_folder": Source("images in <path>/[train/]<class>/, resized to image_size", load_image_folder),
+    "kws01": Source("MLPerf Tiny's keyword samples as MFCC, 49x10x1, 12 classes, 1000", load_kws01),
     "npz": Source("arrays x_train, y_train, x_test, y_test of the NumPy file <path>", load_npz),
+    "trashnet": Source("TrashNet photographs, 6 classes, 2527, resized to image_size", load_trashnet),
 }
 
 

@@ -13,11 +13,12 @@ import json
 import os
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobileqat.errors import ModelError
+from mobileqat.models.mobilenets import mobilenet_v2, mobilenet_v3_small
 
 if TYPE_CHECKING:
     import keras
@@ -34,12 +35,22 @@ def _conv_bn_relu(x, layer, name: str):
     return keras.layers.ReLU(name=f"{name}_relu")(x)
 
 
-def dscnn(input_shape: Shape, classes: int, filters: int = 32, blocks: int = 3) -> keras.Model:
-    """DS-CNN (Zhang et al. 2017, "Hello Edge"): a convolution and depthwise separable blocks."""
+def dscnn(
+    input_shape: Shape,
+    classes: int,
+    filters: int = 32,
+    blocks: int = 3,
+    kernel_size: int | Sequence[int] = 3,
+    strides: int | Sequence[int] = 1,
+) -> keras.Model:
+    """DS-CNN (Zhang et al. 2017, "Hello Edge"): a convolution and depthwise separable blocks.
+
+    `kernel_size` and `strides` are the first convolution's; for speech, (10, 4) and 2.
+    """
     from keras import Input, Model, layers
 
     inputs = Input(input_shape, name="image")
-    x = _conv_bn_relu(inputs, layers.Conv2D(filters, 3, padding="same", use_bias=False, name="conv"), "conv")
+    x = _conv_bn_relu(inputs, layers.Conv2D(filters, kernel_size, strides, "same", use_bias=False, name="conv"), "conv")
     for index in range(1, blocks + 1):
         name = f"depthwise_{index}"
         x = _conv_bn_relu(x, layers.DepthwiseConv2D(3, padding="same", use_bias=False, name=name), name)
@@ -111,7 +122,13 @@ def mobilenet_v1(
     return Model(inputs, layers.Dense(classes, activation="softmax", name="classes")(x), name="mobilenet_v1")
 
 
-MODELS: dict[str, Callable[..., Any]] = {"dscnn": dscnn, "mobilenet_v1": mobilenet_v1, "resnet8": resnet8}
+MODELS: dict[str, Callable[..., Any]] = {
+    "dscnn": dscnn,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2": mobilenet_v2,
+    "mobilenet_v3_small": mobilenet_v3_small,
+    "resnet8": resnet8,
+}
 
 
 def build_model(name: str, input_shape: Shape, classes: int, args: dict[str, Any] | None = None) -> keras.Model:
