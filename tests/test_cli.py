@@ -443,7 +443,8 @@ def test_verify_on_a_target(folder):
         run("verify", folder / "quantized.keras", folder / "quantized.tflite", "--target", "host", "--json").stdout
     )
     assert detail["passed"] is True
-    assert detail["targets"] == {"host": {"samples": 256, "identical": 1.0, "max_lsb": 0.0, "top1_agreement": 1.0}}
+    expected = {"samples": 256, "identical": 1.0, "max_lsb": 0.0, "top1_agreement": 1.0, "must_be_identical": True}
+    assert detail["targets"] == {"host": expected}
     assert "Expected the MODEL that FILE was made from" in error("verify", folder / "quantized.tflite")
 
 
