@@ -117,6 +117,16 @@ def test_environment_is_expanded_in_paths_only(monkeypatch: pytest.MonkeyPatch) 
     assert minimal("model.weights=${MOBILEQAT_DATA}/${FOLDER}.h5").model.weights == "/data//f.h5"
 
 
+@pytest.mark.parametrize(
+    ("scheme", "value", "fitting"),
+    [("w8a16", "int8", "auto, int16 or float32"), ("w8a8", "int16", "auto, int8, uint8 or float32")],
+)
+def test_interface_fits_scheme(scheme: str, value: str, fitting: str) -> None:
+    assert minimal(f"quantize.scheme={scheme}", "convert.output_type=float32").convert.input_type == "auto"
+    with pytest.raises(RecipeError, match=f"convert.input_type: not a type of scheme {scheme}, expected {fitting}"):
+        minimal(f"quantize.scheme={scheme}", f"convert.input_type={value}")
+
+
 # --- what is refused, and in which words --------------------------------------------------------------
 
 
