@@ -37,6 +37,9 @@ VARIANTS: dict[str, Overrides] = {
     "reestimate_batch_norm": {"qat.reestimate_batch_norm": 50},
     "weight_ema": {"qat.weight_ema": 0.99},
     "start_after": {"qat.start_after": 0.5},
+    "equalize": {"quantize.equalize": True},
+    "correct_bias": {"quantize.correct_bias": True},
+    "adaround": {"quantize.adaround.steps": 300, "quantize.adaround.samples": 256},
     "learned_and_distilled": {"quantize.weight_range": "learned", "qat.distillation": 0.5},
 }
 

@@ -96,7 +96,8 @@ def run_recipe(recipe: Recipe, folder: Path) -> dict:
 
 def row_of(report: dict, variant: str) -> dict:
     found = report["variants"][variant]
-    parity = (found.get("parity") or {}).get("end_to_end") or {}
+    verdict = found.get("parity") or {}
+    parity = verdict.get("end_to_end") or {}
     training = report["training"].get(variant) or {}
     return {
         "accuracy": found["accuracy"]["interpreter"],
@@ -105,6 +106,7 @@ def row_of(report: dict, variant: str) -> dict:
         "fully_integer": found["inspection"]["fully_integer"],
         "identical": parity.get("identical"),
         "max_lsb": parity.get("max_lsb"),
+        "parity_problems": list(verdict.get("problems", ())),
         "training_seconds": sum(epoch["seconds"] for epoch in training.get("epochs", ())),
         "epochs": len(training.get("epochs", ())),
     }

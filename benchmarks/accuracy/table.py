@@ -110,7 +110,7 @@ def line(row: Row, comparison: str) -> str:
         str(len(row.rows)),
         " / ".join(str(size) for size in sorted({each["size_bytes"] for each in row.rows})),
         "" if row.label == "float" else "yes" if integer == {True} else "no",
-        shared([each["identical"] for each in row.rows if each.get("identical") is not None]),
+        shared([each for each in row.rows if each.get("identical") is not None]),
         comparison,
     )
     return f"| {' | '.join(cells)} |"
@@ -121,9 +121,12 @@ def percent(accuracies: tuple[float, ...]) -> str:
     return text if len(accuracies) == 1 else f"{text} ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})"
 
 
-def shared(shares: list[float]) -> str:
-    """The lowest of the seeds."""
-    return f"{min(shares):.3%}" if shares else ""
+def shared(rows: list[dict]) -> str:
+    """The lowest of the seeds, and whether our bars for single operators and end to end are missed."""
+    if not rows:
+        return ""
+    misses = ", misses its bars" if any(row.get("parity_problems") for row in rows) else ""
+    return f"{min(row['identical'] for row in rows):.3%}{misses}"
 
 
 def cell_text(reason: str) -> str:

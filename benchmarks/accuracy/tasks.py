@@ -197,8 +197,9 @@ def source_of(recipe: Recipe, quick: bool, scale: float | None = None) -> Recipe
 
 def fingerprint(cell: Cell, quick: bool) -> str:
     """Changes with everything that a cell's result depends on and that this benchmark decides."""
-    recipe = recipe_of(cell, quick).model_dump(mode="json")
-    recipe["model"]["weights"] = Path(recipe["model"]["weights"] or "").name
+    recipe = recipe_of(cell, quick).model_dump(mode="json", exclude_defaults=True)
+    # Defaults are left out, so that a new key of the schema makes nothing old; and where files are does not matter.
+    recipe["model"]["weights"] = Path(recipe["model"].get("weights") or "").name
     facts: dict[str, Any] = {"what": cell.what, "recipe": recipe}
     if cell.what == "tfmot":
         facts["tfmot"] = [TASKS[cell.task].tfmot_batch, TFMOT_STEPS]
