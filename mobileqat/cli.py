@@ -246,8 +246,8 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
 @click.option("--scheme", default="w8a8")
-@click.option("--input-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
-@click.option("--output-type", type=click.Choice(("int8", "uint8", "float32")), default="int8")
+@click.option("--input-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
+@click.option("--output-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
 @json_option
 def convert(
     model, output, source, data_path, image_size, ranges, samples, method, scheme, input_type, output_type, as_json
@@ -414,7 +414,7 @@ def verify(files, source, data_path, image_size, samples, targets, delegate, run
     settings = Settings(runtime=runtime, delegate=delegate)
     agreements = pipeline.verify_on_targets(file, dataset, samples, usable, settings)
     problems = list(result.problems) if result else []
-    problems += measure.problems(file.name, agreements, settings)
+    problems += measure.problems(file.name, agreements)
     if as_json:
         parity = result.to_dict() if result else {}
         _print_json(parity | {"targets": {name: vars(agreement) for name, agreement in agreements.items()}})
@@ -584,7 +584,7 @@ def bench(
     results, problems = {}, []
     for target in _usable_targets(targets):
         comparison = results[target.name] = measure.measure(named, target, settings)
-        problems += measure.disagreements(comparison.records, settings)
+        problems += measure.disagreements(comparison.records)
         if not as_json:
             show.print_comparison(comparison, compare)
         if min_delegated is not None:

@@ -31,9 +31,12 @@ DTYPES = {
     np.dtype("float32"): schema.TensorType.FLOAT32,
     np.dtype("int8"): schema.TensorType.INT8,
     np.dtype("uint8"): schema.TensorType.UINT8,
+    np.dtype("int16"): schema.TensorType.INT16,
     np.dtype("int32"): schema.TensorType.INT32,
+    np.dtype("int64"): schema.TensorType.INT64,
 }
-IO_TYPES = ("int8", "uint8", "float32")
+# Types of a file's inputs and outputs by bits of the activations; "auto" is the first.
+IO_TYPES = {8: ("int8", "uint8", "float32"), 16: ("int16", "float32")}
 
 
 def _transpose_conv_kernel(kernel: np.ndarray, layer) -> np.ndarray:
@@ -52,13 +55,14 @@ KERNEL_LAYOUTS: dict[str, tuple[Callable[[np.ndarray, Any], np.ndarray], int]] =
 
 
 def convert(
-    model: QuantizedModel, *, input_type: str = "int8", output_type: str = "int8", batch_size: int = 1
+    model: QuantizedModel, *, input_type: str = "auto", output_type: str = "auto", batch_size: int = 1
 ) -> bytes:
     """Converts a quantized model to an integer flatbuffer.
 
     Args:
         model: made by `quantize_model`, calibrated or trained.
-        input_type: "int8", "uint8" or "float32"; the last two add one QUANTIZE operator at the input.
+        input_type: "auto" for the activations' own type, int8 or int16; "float32", or for int8 "uint8", adds one
+            QUANTIZE operator at the input.
         output_type: likewise at the output.
         batch_size: static size of the batch axis.
 
@@ -69,9 +73,6 @@ def convert(
         CalibrationError: ranges that are missing, collapsed or not finite.
         ModelError: weights that are not finite.
     """
-    for role, value in (("input_type", input_type), ("output_type", output_type)):
-        if value not in IO_TYPES:
-            raise MobileQatError(f"{role} must be one of {', '.join(IO_TYPES)}. Received: {value!r}")
     if not isinstance(model, QuantizedModel):
         raise ModelError(
             f"Expected a model made by quantize_model. Received: {type(model).__name__} '{model.name}'. Use "
@@ -79,9 +80,20 @@ def convert(
         )
     if not isinstance(batch_size, int) or batch_size < 1:
         raise MobileQatError(f"batch_size must be a whole number of at least 1. Received: {batch_size!r}")
+    types = {role: _io_type(model, role, value) for role, value in (("input", input_type), ("output", output_type))}
     check_finite_weights(model)
     check_ranges(model)
-    return _Writer(model, batch_size).write(np.dtype(input_type), np.dtype(output_type))
+    return _Writer(model, batch_size).write(types["input"], types["output"])
+
+
+def _io_type(model: QuantizedModel, role: str, value: str) -> np.dtype:
+    scheme = model.plan.scheme
+    known = IO_TYPES[scheme.activations.bits]
+    if value not in ("auto", *known):
+        raise MobileQatError(
+            f"{role}_type must be one of auto, {', '.join(known)} for scheme '{scheme.name}'. Received: {value!r}"
+        )
+    return np.dtype(known[0] if value == "auto" else value)
 
 
 def convert_float(model: keras.Model, *, batch_size: int = 1, input_shape: Sequence[int] | None = None) -> bytes:
@@ -162,6 +174,7 @@ class _Writer:
         self.model = model
         self.plan = model.plan
         self.batch_size = batch_size
+        self.integer = np.dtype(f"int{model.plan.scheme.activations.bits}")
         self.tensors: list[schema.TensorT] = []
         self.buffers = [_AlignedBuffer()]  # buffer 0 is empty by convention
         self._buffers: dict[bytes, int] = {}
@@ -236,12 +249,14 @@ class _Writer:
             self._float[name] = self.tensor(name + suffix, self.shape(name), np.float32)
             return self._float[name]
         assert quantizer is not None
-        self._stored[name] = self.tensor(name, self.shape(name), np.int8, self.quantization(quantizer))
+        self._stored[name] = self.tensor(name, self.shape(name), self.integer, self.quantization(quantizer))
         return self._stored[name]
 
     # -------------------------------------------------------------- operators
 
     def operator(self, kind: str, inputs: Sequence[int], output: int, options: Any = None, version: int = 1) -> None:
+        if any(self.tensors[index].type == schema.TensorType.INT16 for index in (*inputs, output)):
+            version = max(version, INT16_VERSIONS.get(kind, 1))
         operator = schema.OperatorT()
         operator.opcodeIndex = self.codes.setdefault((kind, version), len(self.codes))
         operator.inputs = np.asarray(inputs, np.int32)
@@ -273,15 +288,15 @@ class _Writer:
             if self.plan.tensors[name].spec is None:
                 return self.declare(name, in_float=True)
             # No operator reads it; any grid will do.
-            return self.tensor(name, self.shape(name), np.int8, _Quantization(np.ones(1), np.zeros(1)))
-        if dtype == np.int8:
+            return self.tensor(name, self.shape(name), self.integer, _Quantization(np.ones(1), np.zeros(1)))
+        if dtype == self.integer:
             return self.declare(name, in_float=False)
         outer = self._boundary(name, dtype)
         self.operator("QUANTIZE", [outer], self.declare(name, in_float=False))
         return outer
 
     def _boundary(self, name: str, dtype: np.dtype) -> int:
-        """A model input or output in another type than int8; uint8 holds the same grid moved by 128."""
+        """A model input or output in another type than the plan's; uint8 holds the same grid moved by 128."""
         quantization = None
         if dtype == np.uint8:
             inner = self.quantization(self.quantizers[name])
@@ -291,7 +306,7 @@ class _Writer:
     def _write_output(self, name: str, dtype: np.dtype) -> int:
         if name not in self.quantizers:
             return self.activation(name, in_float=True)
-        if dtype == np.int8:
+        if dtype == self.integer:
             return self.activation(name, in_float=False)
         if dtype == np.float32:
             return self.activation(name, in_float=True)
@@ -347,14 +362,15 @@ class _Writer:
         ]
 
     def check_ratio(self, wrapper: QuantizeWrapper, accumulator_scales: np.ndarray) -> None:
-        """XNNPACK refuses accumulators that are coarser than the output by 256 or more."""
+        """XNNPACK refuses accumulators that are coarser than the output by 256 or more; int16 kernels overflow."""
         name = wrapper.operator.output
+        limit = 256 if self.integer == np.int8 else 1 if wrapper.operator.kind == "MUL" else 128
         ratio = float(np.max(accumulator_scales / self.quantizers[name].grid()[0]))
-        if ratio >= 256:
+        if ratio >= limit:
             raise CalibrationError(
                 f"The range of activation tensor '{name}' is too narrow for what makes it: one step of the products is "
-                f"{ratio:.0f} steps of the output, and the runtime takes less than 256. The layer is almost dead on "
-                "the calibration data; calibrate on other data, or remove it."
+                f"{ratio:.0f} steps of the output, and the runtime takes less than {limit}. The layer is almost dead "
+                "on the calibration data; calibrate on other data, or remove it."
             )
 
     def integers(self, wrapper: QuantizeWrapper, role: str, values) -> int:
@@ -399,6 +415,15 @@ def _operator_code(kind: str, version: int) -> schema.OperatorCodeT:
 # ------------------------------------------------------------------ one row per operator
 #
 # Each emitter writes the operator that computes a tensor of the plan, with the lowest kernel version that takes it.
+
+# The versions that brought int16 activations.
+INT16_VERSIONS = {
+    "CONV_2D": 4, "DEPTHWISE_CONV_2D": 5, "FULLY_CONNECTED": 7, "BATCH_MATMUL": 3, "ADD": 3, "SUB": 5, "MUL": 4,
+    "MAXIMUM": 4, "MINIMUM": 4, "CONCATENATION": 3, "MAX_POOL_2D": 3, "AVERAGE_POOL_2D": 3, "MEAN": 3, "REDUCE_MAX": 3,
+    "REDUCE_MIN": 3, "PAD": 3, "MIRROR_PAD": 3, "TRANSPOSE": 5, "GATHER": 4, "RESIZE_NEAREST_NEIGHBOR": 4,
+    "RESIZE_BILINEAR": 4, "QUANTIZE": 2, "DEQUANTIZE": 3, "RELU": 3, "RELU6": 3, "LEAKY_RELU": 2, "ABS": 3, "RSQRT": 3,
+    "LOGISTIC": 3, "TANH": 3, "SOFTMAX": 3,
+}  # fmt: skip
 
 Emitter = Callable[[_Writer, QuantizeWrapper, "list[int]", int], None]
 
@@ -590,6 +615,11 @@ def _plain(name: str | None, version: int, beyond_rank_4: int | None = None, **f
     return emit
 
 
+def _assumes_powers_of_two(wrapper: QuantizeWrapper) -> bool:
+    """The schema's default for the scales of int16 sums, which ours are not."""
+    return wrapper.output_quantizer is None or wrapper.bits == 8
+
+
 def _setting(key: str, default=None) -> Callable[[QuantizeWrapper], Any]:
     return lambda wrapper: wrapper.layer.options.get(key, default)
 
@@ -600,8 +630,8 @@ _EMITTERS: dict[str, Emitter] = {
     "TRANSPOSE_CONV": _transpose_conv,
     "FULLY_CONNECTED": _fully_connected,
     "BATCH_MATMUL": _batch_matmul,
-    "ADD": _plain("Add", 2, fusedActivationFunction=_fused),
-    "SUB": _plain("Sub", 2, 3, fusedActivationFunction=_fused),
+    "ADD": _plain("Add", 2, fusedActivationFunction=_fused, potScaleInt16=_assumes_powers_of_two),
+    "SUB": _plain("Sub", 2, 3, fusedActivationFunction=_fused, potScaleInt16=_assumes_powers_of_two),
     "MUL": _plain("Mul", 2, fusedActivationFunction=_fused),
     "MAXIMUM": _plain("MaximumMinimum", 2, 3),
     "MINIMUM": _plain("MaximumMinimum", 2, 3),

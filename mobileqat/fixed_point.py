@@ -147,3 +147,29 @@ def inverse_square_root(x):
     small = x <= 1
     mantissa = tf.where(small, tf.fill(tf.shape(x), tf.constant(limit, tf.int64)), mantissa)
     return mantissa, tf.where(small, tf.zeros_like(pairs), pairs - 11 - big)
+
+
+# ------------------------------------------------------------------ 64-bit accumulators of int16 activations
+
+
+def multiply_accumulator(x, multiplier):
+    """x * mantissa / 2**31 * 2**exponent of int64 x: a mantissa reduced to 16 bits, rounded once, ties up."""
+    mantissa, exponent = multiplier
+    reduced = tf.bitwise.right_shift(mantissa + (1 << 15), tf.fill(tf.shape(mantissa), tf.constant(16, tf.int64)))
+    reduced = tf.where(mantissa < 0x7FFF0000, reduced, 0x7FFF * tf.ones_like(reduced))
+    product = x * reduced
+    shift = tf.broadcast_to(15 - exponent, tf.shape(product))
+    half = tf.bitwise.left_shift(tf.ones_like(product), shift - 1)
+    return tf.bitwise.right_shift(product + half, shift)
+
+
+def divide_multiplier(multiplier, count: int):
+    """A multiplier over a whole number, as means are scaled: the quotient of mantissas is cut off, not rounded."""
+    mantissa, exponent = multiplier
+    shift = tf.minimum(tf.constant(min(count.bit_length() - 1, 32), tf.int64), 31 + exponent)
+    return tf.bitwise.left_shift(mantissa, shift) // count, exponent - shift
+
+
+def wrap_16(x):
+    """An integer kept in 16 bits, as C's conversion to int16 does."""
+    return tf.bitwise.bitwise_and(x + 32768, tf.constant(0xFFFF, x.dtype)) - 32768

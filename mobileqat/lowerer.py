@@ -42,9 +42,16 @@ class Value:
 class Lowerer:
     """Holds the lowered graph while it grows; `alias` maps tensors of the original graph to lowered ones."""
 
-    def __init__(self, graph: Graph, rewrites: Mapping[str, Rewrite], pinned_inputs: tuple[str, ...]):
+    def __init__(
+        self,
+        graph: Graph,
+        rewrites: Mapping[str, Rewrite],
+        pinned_inputs: tuple[str, ...],
+        substitutes: Mapping[str, Callable] | None = None,
+    ):
         self.graph = graph
         self.rewrites = rewrites
+        self.substitutes = substitutes or {}
         self.pinned = set(pinned_inputs)
         self.nodes: list[Node] = []
         self.by_path: dict[str, Node] = {}
@@ -160,7 +167,14 @@ class Lowerer:
         return self._copies[key]
 
     def emit(self, path: str, layer, *inputs: str, sources: Sequence[Source] = (), prologue=None) -> str:
-        """Appends a node, builds its layer and copies its weights; returns the name of its output."""
+        """Appends a node, builds its layer and copies its weights; returns the name of its output.
+
+        A primitive that has a substitute is expressed by others instead.
+        """
+        if isinstance(layer, Primitive) and layer.kind in self.substitutes:
+            result = self.substitutes[layer.kind](self, path, *inputs, **layer.options)
+            if result is not None:
+                return result
         path = self._unique(path)
         inputs = tuple(self.computed(name) for name in inputs)
         if find_rule(layer) is None:

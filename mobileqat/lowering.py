@@ -18,6 +18,7 @@ import keras
 from mobileqat.errors import MobileQatError, UnsupportedModelError
 from mobileqat.formulas import FORMULAS
 from mobileqat.graph import Graph, Node
+from mobileqat.lower_int16 import SUBSTITUTES
 from mobileqat.lower_layers import LAYERS
 from mobileqat.lower_operators import OPERATORS
 from mobileqat.lowerer import Lowerer
@@ -75,17 +76,18 @@ def _without_training(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name != "training"}
 
 
-def lower(graph: Graph, pinned_inputs: tuple[str, ...] = ()) -> Graph:
+def lower(graph: Graph, pinned_inputs: tuple[str, ...] = (), activation_bits: int = 8) -> Graph:
     """Lowers every node of a graph.
 
     Args:
         graph: as read from the caller's model with `expand`; the model is left untouched.
         pinned_inputs: inputs whose range is fixed, so that they cannot share parameters with other tensors.
+        activation_bits: 16 expresses operators that the runtime has for 8 bits alone by others, where it can.
 
     Raises:
         UnsupportedModelError: layers or settings without a rule; all of them are listed with what to do.
     """
-    lowerer = Lowerer(graph, REWRITES, pinned_inputs)
+    lowerer = Lowerer(graph, REWRITES, pinned_inputs, SUBSTITUTES if activation_bits == 16 else None)
     for node in graph.nodes:
         lowerer.lower(node)
     lowerer.check_weights()

@@ -17,6 +17,8 @@ SMALLEST_SCALE = np.float32(1e-9)
 SMALLEST_WEIGHT = np.float32(1e-30)
 # A bias this large, in units of s_in * s_w, still leaves room in int32 for the products added to it.
 LARGEST_BIAS = 2.0**30
+# The same in int64: LiteRT takes 48 bits in all.
+LARGEST_BIAS_INT16 = 2.0**46
 
 
 def quantization_parameters(minimum, maximum, spec: QuantSpec) -> tuple[np.float32, int]:

@@ -30,6 +30,7 @@ from mobileqat.bench.measure import (
     compare_outputs,
     disagreements,
     host_outputs,
+    is_exact,
     measure,
     predict,
     random_vectors,
@@ -407,7 +408,7 @@ def _bench(run: Run) -> dict | None:
         for threads in settings.threads if target.name == "host" else settings.threads[:1]:
             how = Settings(threads=threads, warmup=settings.warmup, runs=settings.runs, cpus=settings.cpus)
             comparison = measure(taken, target, how, vectors=vectors)
-            _judge(run, comparison.records, how, settings.min_delegated)
+            _judge(run, comparison.records, settings.min_delegated)
             for variant, record in comparison.records.items():
                 if record.peak_memory_bytes is None and record.unit == "ms":
                     # Memory is a process's: each file is loaded once more on its own.
@@ -418,10 +419,10 @@ def _bench(run: Run) -> dict | None:
     return records
 
 
-def _judge(run: Run, records: dict[str, Record], settings: Settings, min_delegated: float) -> None:
+def _judge(run: Run, records: dict[str, Record], min_delegated: float) -> None:
     """Checks the integer files on a target: the same outputs as here, and enough operators on the delegate."""
     integer = {f"{variant}.tflite": record for variant, record in records.items() if variant != "float"}
-    if problems := disagreements(integer, settings):
+    if problems := disagreements(integer):
         run.fail(ParityError("\n".join(problems)))
     if min_delegated:
         try:
@@ -733,7 +734,8 @@ def verify_on_targets(
     model = flatbuffer.read(file)
     vectors = raw_vectors(model, dataset.test.x[:samples]) if dataset else random_vectors(model, samples)
     (expected,) = host_outputs([Job("file", model, tuple(vectors))], settings)
-    return {t.name: compare_outputs(expected, predict(file, t, vectors, settings)) for t in targets}
+    exact = is_exact(model, settings)
+    return {t.name: compare_outputs(expected, predict(file, t, vectors, settings), exact) for t in targets}
 
 
 def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mobileqat.errors import MobileQatError
+from mobileqat.errors import MobileQatError, UnsupportedModelError
 from mobileqat.graph import Graph, Node
-from mobileqat.rules import CONSTANT, GONE, Output, Rule, get_rule, rule_key
+from mobileqat.rules import CONSTANT, FIXED_INT16, GONE, Output, Rule, get_rule, rule_key
 from mobileqat.schemes import QuantSpec, Scheme
 
 # Primitives that an operator can apply itself.
@@ -185,6 +185,7 @@ def make_plan(
 
     Raises:
         MobileQatError: a pattern in `exclude` or `layers` matches no layer.
+        UnsupportedModelError: operators that the runtime does not execute on int16 activations.
     """
     rules = {node.path: get_rule(node.layer) for node in graph.nodes}
     fused = _fuse(graph, _excluded(graph, exclude))
@@ -201,6 +202,9 @@ def make_plan(
             operator = replace(operator, quantized=operator.output in read_as_integers)
         operators.append(operator)
         forms[operator.output] = _form(operator, rules[operator.name], operator.output in read_as_integers)
+    if scheme.activations.bits == 16:
+        _require_int16(graph, scheme, operators, rules)
+        forms = {name: replace(form, fixed=form.fixed and FIXED_INT16) for name, form in forms.items()}
     integral = {name for name, tensor in graph.tensors.items() if not tensor.dtype.startswith(("float", "bfloat"))}
     groups = _groups(operators, forms, integral)
     symmetric = _symmetric(operators, rules, forms, groups)
@@ -238,6 +242,26 @@ def _form(operator: Operator, rule: Rule, read_as_integers: bool) -> _Form:
         output = Output.SHARED if operator.kind == GONE else rule.output
     # A float operator's output that an integer one reads is observed and rounded where it is made.
     return _Form(output, operator.quantized or read_as_integers, rule.fixed if output is Output.FIXED else None)
+
+
+def _require_int16(graph: Graph, scheme: Scheme, operators: list[Operator], rules: dict[str, Rule]) -> None:
+    layers = {node.path: node.layer for node in graph.nodes}
+    refused = [
+        f"'{operator.name}': {_described(layers[operator.name])}"
+        for operator in operators
+        if operator.quantized and not rules[operator.name].int16
+    ]
+    if refused:
+        lines = "\n".join(f"  - {row}" for row in refused)
+        raise UnsupportedModelError(
+            f"Model '{graph.name}' cannot be quantized with scheme '{scheme.name}': the runtime does not execute "
+            f"these on int16 activations:\n{lines}\nScheme 'w8a8' takes them; or replace these layers, or keep them "
+            "in float with exclude=."
+        )
+
+
+def _described(layer) -> str:
+    return f"a table of {layer.options['function']}" if rule_key(layer) == "TABLE" else rule_key(layer)
 
 
 def _groups(operators: list[Operator], forms: dict[str, _Form], integral: set[str]) -> _Groups:
@@ -290,7 +314,8 @@ def _with_weights(
         spec = specs.get(op.name)
         if spec is None:
             return op
-        bits = _storage_bits(op.kind, nodes[op.name], spec, scheme.narrow_storage)
+        narrow = scheme.narrow_storage and scheme.activations.bits == 8
+        bits = _storage_bits(op.kind, nodes[op.name], spec, narrow)
         return replace(op, weight_spec=spec, storage_bits=bits)
 
     return [planned(op) for op in operators]

@@ -151,7 +151,7 @@ def quantize_model(
         raise ModelError(f"weight_range must be one of {', '.join(WEIGHT_RANGES)}. Received: {weight_range!r}")
     exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     graph = graphs.read(model, expand, input_shape)
-    lowered = lower(graph, graph.inputs if pinned else ())
+    lowered = lower(graph, graph.inputs if pinned else (), scheme.activations.bits)
     plan = make_plan(lowered, scheme, exclude, _weight_specs(layers or {}, scheme))
     if not any(operator.kind not in (GONE, CONSTANT) for operator in plan.operators):
         raise ModelError(f"Model '{model.name}' computes nothing: there is no operator to quantize.")
@@ -411,7 +411,8 @@ def strip(model: QuantizedModel) -> keras.Model:
     float_model = _rebuild(model._float_config, model._names)
     trained = {node: layer for wrapper in model.operators.values() for node, layer in _wrapped(wrapper)}
     graph = graphs.read(float_model, expand, model._options["input_shape"])
-    for node in lower(graph, graph.inputs if model._options["input_range"] else ()).nodes:
+    pinned = graph.inputs if model._options["input_range"] else ()
+    for node in lower(graph, pinned, model.plan.scheme.activations.bits).nodes:
         for source, variable in zip(node.sources, trained[node.path].weights if node.sources else (), strict=True):
             source.assign(variable)
     return float_model

@@ -102,8 +102,8 @@ ThreadCounts = Annotated[
 ]
 TargetName = Annotated[str, AfterValidator(_target)]
 TargetNames = Annotated[tuple[TargetName, ...], Strict(False), Field(min_length=1), _expected(f"a list of {USAGES}")]
-SchemeName = Literal["w8a8", "w7a8", "w6a8", "w5a8", "w4a8", "w3a8", "w2a8", "w1a8"]
-TensorType = Literal["int8", "uint8", "float32"]
+SchemeName = Literal["w8a8", "w8a16", "w7a8", "w6a8", "w5a8", "w4a8", "w3a8", "w2a8", "w1a8"]
+TensorType = Literal["auto", "int8", "uint8", "int16", "float32"]
 Epochs = Annotated[int, Field(ge=0, description="passes over the training data")]
 LearningRate = Annotated[float, Field(gt=0, description="learning rate after warm-up")]
 
@@ -300,8 +300,8 @@ class Quantize(Section):
 class Convert(Section):
     """The flatbuffer's interface."""
 
-    input_type: TensorType = Field(default="int8", description="type of the input tensors")
-    output_type: TensorType = Field(default="int8", description="type of the output tensors")
+    input_type: TensorType = Field(default="auto", description="type of the input tensors; auto: the activations' own")
+    output_type: TensorType = Field(default="auto", description="type of the output tensors, likewise")
     batch_size: int = Field(default=1, ge=1, description="static batch size of the flatbuffer")
 
 
@@ -406,6 +406,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _interface_fits_scheme(self) -> "Recipe":
+        fitting = ("int16",) if self.quantize.scheme.endswith("a16") else ("int8", "uint8")
+        for key in ("input_type", "output_type"):
+            value = getattr(self.convert, key)
+            if value not in ("auto", "float32", *fitting):
+                raise _conflict(
+                    f"convert.{key}",
+                    f"not a type of scheme {self.quantize.scheme}, expected auto, {', '.join(fitting)} or float32, "
+                    f"received {value}",
+                )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_start_from(self) -> "Recipe":
         # A module:function may return a trained model; a reference model starts with random weights.
         is_reference = self.model.name is not None and ":" not in self.model.name
@@ -421,9 +434,9 @@ class Recipe(Section):
 # With engine tfmot: looser bars where the recipe sets none, and keys that TFMOT has nothing for.
 TFMOT_BARS = {"min_top1_agreement": 0.95, "min_identical_output": 0.5}
 NATIVE_KEYS = (
-    *("quantize.calibration", "quantize.input_range", "quantize.exclude"),
+    *("quantize.scheme", "quantize.calibration", "quantize.input_range", "quantize.exclude"),
     *("qat.distillation", "qat.temperature", "qat.ema_decay"),
-    *("quantize.scheme", "quantize.layers", "quantize.narrow_storage", "quantize.weight_range"),
+    *("quantize.layers", "quantize.narrow_storage", "quantize.weight_range"),
     *("quantize.learn_activation_ranges", "qat.start_after", "qat.estimator", "qat.damping"),
     *("qat.freeze_oscillations", "qat.reestimate_batch_norm"),
     *("quantize.equalize", "quantize.correct_bias", "quantize.adaround"),

@@ -34,12 +34,13 @@ class Rule:
         operator: LiteRT builtin operator, GONE for a layer that does nothing at inference, CONSTANT for an operand.
         output: the output's parameters: of its own, shared with the input(s), or fixed by the kernel.
         rounds: False when the operator only moves or selects grid values, so that nothing is rounded.
-        fixed: `(scale, zero_point)` for `Output.FIXED`, int8.
+        fixed: `(scale, zero_point)` for `Output.FIXED`, int8; for int16 it is `FIXED_INT16`.
         channel_axes: for a layer with a kernel, the axes of the Keras kernel that form the output channels.
         input_axis: the axis of the Keras kernel along the input channels.
         fuses_activation: a following ReLU, used nowhere else, becomes part of the operator.
         symmetric_input: position of the input whose zero point should be 0: XNNPACK takes a product of two activations
             only so, and is 19 times faster than LiteRT's own kernel.
+        int16: whether LiteRT executes it on int16 activations.
     """
 
     operator: str
@@ -50,19 +51,21 @@ class Rule:
     input_axis: int = 0
     fuses_activation: bool = False
     symmetric_input: int | None = None
+    int16: bool = True
 
     @property
     def has_kernel(self) -> bool:
         return bool(self.channel_axes)
 
 
-def _moves(operator: str) -> Rule:
+def _moves(operator: str, int16: bool = True) -> Rule:
     """An operator that moves or selects values."""
-    return Rule(operator, Output.SHARED, rounds=False)
+    return Rule(operator, Output.SHARED, rounds=False, int16=int16)
 
 
 _TO_ONE = (1 / 256, -128)
 _AROUND_ZERO = (1 / 128, 0)
+FIXED_INT16 = (1 / 32768, 0)
 
 # Layers that do something in training alone.
 VANISHING = (
@@ -101,27 +104,27 @@ RULES: dict[str, Rule] = {
     "MIRROR_PAD": _moves("MIRROR_PAD"),
     "TILE": _moves("TILE"),
     "GATHER": _moves("GATHER"),
-    "SPACE_TO_DEPTH": _moves("SPACE_TO_DEPTH"),
-    "DEPTH_TO_SPACE": _moves("DEPTH_TO_SPACE"),
+    "SPACE_TO_DEPTH": _moves("SPACE_TO_DEPTH", int16=False),
+    "DEPTH_TO_SPACE": _moves("DEPTH_TO_SPACE", int16=False),
     "RESIZE_NEAREST_NEIGHBOR": _moves("RESIZE_NEAREST_NEIGHBOR"),
     "RESIZE_BILINEAR": Rule("RESIZE_BILINEAR", Output.SHARED),
     "QUANTIZE": Rule("QUANTIZE"),
     "RELU": _moves("RELU"),
     "RELU6": Rule("RELU6", Output.SHARED),
     "LEAKY_RELU": Rule("LEAKY_RELU"),
-    "PRELU": Rule("PRELU"),
-    "ELU": Rule("ELU"),
+    "PRELU": Rule("PRELU", int16=False),
+    "ELU": Rule("ELU", int16=False),
     "GELU": Rule("GELU"),
-    "HARD_SWISH": Rule("HARD_SWISH"),
+    "HARD_SWISH": Rule("HARD_SWISH", int16=False),
     "ABS": Rule("ABS"),
     "EXP": Rule("EXP"),
     "LOG": Rule("LOG"),
     "RSQRT": Rule("RSQRT"),
-    "TABLE": Rule("TABLE"),
+    "TABLE": Rule("TABLE", int16=False),
     "LOGISTIC": Rule("LOGISTIC", Output.FIXED, fixed=_TO_ONE),
     "SOFTMAX": Rule("SOFTMAX", Output.FIXED, fixed=_TO_ONE),
     "TANH": Rule("TANH", Output.FIXED, fixed=_AROUND_ZERO),
-    "L2_NORMALIZATION": Rule("L2_NORMALIZATION", Output.FIXED, fixed=_AROUND_ZERO),
+    "L2_NORMALIZATION": Rule("L2_NORMALIZATION", Output.FIXED, fixed=_AROUND_ZERO, int16=False),
 }
 
 

@@ -65,10 +65,19 @@ class Scheme:
     narrow_storage: bool = True
 
 
+# What LiteRT's int16 kernels take: zero point 0, results saturate at -32768.
+INT16 = QuantSpec(16, symmetric=True, full_range=True)
+
 SCHEMES: dict[str, Scheme] = {
-    name: Scheme(name, QuantSpec(bits, symmetric=True, per_channel=True), QuantSpec(8))
-    for bits in range(8, 0, -1)
-    for name in [f"w{bits}a8"]
+    scheme.name: scheme
+    for scheme in (
+        Scheme("w8a8", QuantSpec(8, symmetric=True, per_channel=True), QuantSpec(8)),
+        Scheme("w8a16", QuantSpec(8, symmetric=True, per_channel=True), INT16),
+        *(
+            Scheme(f"w{bits}a8", QuantSpec(bits, symmetric=True, per_channel=True), QuantSpec(8))
+            for bits in range(7, 0, -1)
+        ),
+    )
 }
 
 
@@ -82,8 +91,11 @@ def get_scheme(scheme: str | Scheme | dict) -> Scheme:
         specs = {key: QuantSpec(**scheme[key]) for key in ("weights", "activations")}
         scheme = Scheme(**(scheme | specs))
     if isinstance(scheme, Scheme):
-        if scheme.activations != QuantSpec(8):
-            raise MobileQatError(f"Activations must be asymmetric int8, QuantSpec(8). Received: {scheme.activations}")
+        if scheme.activations not in (QuantSpec(8), INT16):
+            raise MobileQatError(
+                f"Activations must be asymmetric int8, QuantSpec(8), or symmetric int16, {INT16}. Received: "
+                f"{scheme.activations}"
+            )
         if scheme.weights.bits > 8 or not scheme.weights.symmetric:
             raise MobileQatError(f"Weights must be symmetric and have at most 8 bits. Received: {scheme.weights}")
         return scheme

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mobileqat import kernels, numerics
+from mobileqat import kernels, kernels16, numerics
 from mobileqat.fakequant import (
     FakeQuantize,
     fake_quantize_weights,
@@ -24,10 +24,13 @@ from mobileqat.fakequant import (
     straight_through,
     weight_scales,
 )
+from mobileqat.fixed_point import float64
 from mobileqat.kernels import Grid
 from mobileqat.plan import Operator
 from mobileqat.rules import CONSTANT, GONE, Output, get_rule
 from mobileqat.schemes import QuantSpec
+
+KERNELS = {8: kernels.KERNELS, 16: kernels16.KERNELS}  # by bits of the activations
 
 
 def as_float32(x):
@@ -225,7 +228,7 @@ class QuantizeWrapper(keras.layers.Layer):
         if self.weight_spec is not None:
             return self._infer_weighted(inputs[0], grids[0], output)
         integers = [grid.integers(x) for grid, x in zip(grids, inputs, strict=True)]
-        kernel = kernels.KERNELS[self.operator.kind]
+        kernel = KERNELS[self.bits][self.operator.kind]
         exact = kernel(self.layer, integers, grids, output, self.operator.fused_activation)
         differentiable = self.float_call(inputs if len(inputs) > 1 else inputs[0], training=False)
         return straight_through(output.real(exact), tf.cast(differentiable, tf.float32))
@@ -236,7 +239,12 @@ class QuantizeWrapper(keras.layers.Layer):
         centred = straight_through(tf.round(centred), centred)
         accumulators = kernels.accumulate(self.operator.kind, self.layer, centred, weights)
         accumulators += straight_through(tf.round(bias), bias)
-        integers = self._requantize(accumulators, grid.scale, scales, output)
+        if self.bits == 16:
+            exact = kernels16.accumulate(self.operator.kind, self.layer, centred, weights) + float64(tf.round(bias))
+            arguments = (grid.scale, scales, output, self.operator.fused_activation)
+            integers = kernels16.requantize(self.operator.kind, exact, *arguments)
+        else:
+            integers = self._requantize(accumulators, grid.scale, scales, output)
         low, high = output.clamp(self.operator.fused_activation)
         clipped = tf.clip_by_value(accumulators * (grid.scale * scales), output.real(low), output.real(high))
         return straight_through(output.real(integers), clipped)
@@ -250,6 +258,12 @@ class QuantizeWrapper(keras.layers.Layer):
         return kernels.requantize(
             accumulators, quotient(product(input_scale, scales), output.scale), output, activation
         )
+
+    @property
+    def bits(self) -> int:
+        """Bits of the activations."""
+        assert self.output_quantizer is not None
+        return self.output_quantizer.spec.bits
 
     def grid(self, quantizer: FakeQuantize) -> Grid:
         """A tensor's grid, for `kernels`."""
@@ -277,10 +291,13 @@ class QuantizeWrapper(keras.layers.Layer):
         bias = self.bias()
         if self.batch_norm is not None:
             factor, offset = self._batch_norm_affine()
-            scales, bias = product(scales, tf.abs(factor)), product(bias, factor) + offset
+            # In float64, so that no order of float32 operations moves an integer of the bias.
+            bias = tf.cast(float64(bias) * float64(factor) + float64(offset), tf.float32)
+            scales = product(scales, tf.abs(factor))
             integers *= tf.reshape(tf.where(factor < 0, -1.0, 1.0), channel_shape)
         # A channel whose weights vanish beside its bias (gamma near 0) would need a bias beyond int32.
-        dead = tf.abs(bias) >= product(input_scale, scales) * numerics.LARGEST_BIAS
+        largest = numerics.LARGEST_BIAS if self.bits == 8 else numerics.LARGEST_BIAS_INT16
+        dead = tf.abs(bias) >= product(input_scale, scales) * largest
         fallback = tf.maximum(quotient(tf.abs(bias), input_scale * 2.0**24), float(numerics.SMALLEST_SCALE))
         scales = tf.where(dead, fallback, scales)
         integers *= tf.reshape(tf.where(dead, 0.0, 1.0), channel_shape)
@@ -291,8 +308,8 @@ class QuantizeWrapper(keras.layers.Layer):
         bn = self.batch_norm
         gamma = tf.convert_to_tensor(bn.gamma) if bn.scale else 1.0
         factor = quotient(gamma, tf.sqrt(tf.cast(bn.moving_variance, tf.float64) + bn.epsilon))
-        offset = -product(bn.moving_mean, factor)
-        return factor, offset + tf.convert_to_tensor(bn.beta) if bn.center else offset
+        offset = -float64(bn.moving_mean) * float64(factor)
+        return factor, tf.cast(offset + float64(bn.beta) if bn.center else offset, tf.float32)
 
     def input_scale(self) -> np.float32:
         """Scale of the first input, which the bias's unit depends on."""
@@ -304,13 +321,14 @@ class QuantizeWrapper(keras.layers.Layer):
         """What the integer file stores for this operator.
 
         Returns:
-            "weights": int8 in Keras's kernel layout, "scales": float32 [channels], "bias": int32 [channels].
+            "weights": int8 in Keras's kernel layout, "scales": float32 [channels], "bias": int32 [channels], int64
+            for int16 activations.
         """
         integers, scales, bias = self.folded(self.input_scale())
         return {
             "weights": integers.numpy().astype(np.int8),
             "scales": scales.numpy(),
-            "bias": np.round(bias.numpy()).astype(np.int32),
+            "bias": np.round(bias.numpy()).astype(np.int32 if self.bits == 8 else np.int64),
         }
 
     def compute_output_spec(self, inputs, training=None):
@@ -318,12 +336,12 @@ class QuantizeWrapper(keras.layers.Layer):
         return keras.KerasTensor(x.shape, x.dtype if x.dtype.startswith(("int", "uint")) else self.compute_dtype)
 
     def constant(self) -> np.ndarray:
-        """The value of a constant operand as the file stores it: int8 on its grid, float32, or int32."""
+        """The value of a constant operand as the file stores it: int8 or int16 on its grid, float32, or int32."""
         value = self.layer.value.numpy()
         if self.output_quantizer is None:
             return value
         spec = self.output_quantizer.spec
-        return numerics.quantize(value, *self.output_quantizer.grid(), spec).astype(np.int8)
+        return numerics.quantize(value, *self.output_quantizer.grid(), spec).astype(f"int{spec.bits}")
 
     def float_constants(self) -> tuple[np.ndarray, np.ndarray]:
         """Kernel and bias in float32 with BatchNormalization folded in, for an operator kept in float."""

@@ -11,7 +11,10 @@ from ai_edge_litert.interpreter import Interpreter
 
 TYPES = {
     np.dtype("int8"): schema.TensorType.INT8,
+    np.dtype("uint8"): schema.TensorType.UINT8,
+    np.dtype("int16"): schema.TensorType.INT16,
     np.dtype("int32"): schema.TensorType.INT32,
+    np.dtype("int64"): schema.TensorType.INT64,
     np.dtype("float32"): schema.TensorType.FLOAT32,
 }
 
@@ -25,14 +28,14 @@ class Operand:
     constant: bool = False
 
 
-def build(kind: str, version: int, options, operands: list[Operand], shape, grid) -> bytes:
+def build(kind: str, version: int, options, operands: list[Operand], shape, grid, dtype="int8") -> bytes:
     """A file of one operator.
 
     Args:
         kind: LiteRT builtin operator.
         options: `(name of the options table, {field: value})`, or None.
         operands: what it reads, in order.
-        shape, grid: of its int8 output.
+        shape, grid, dtype: of its output.
     """
     tensors, buffers = [], [schema.BufferT()]
     for index, operand in enumerate(operands):
@@ -42,7 +45,7 @@ def build(kind: str, version: int, options, operands: list[Operand], shape, grid
             buffers[-1].data = np.frombuffer(operand.values.tobytes(), np.uint8)
             place = len(buffers) - 1
         tensors.append(_tensor(f"x{index}", operand.values.shape, operand.values.dtype, operand.grid, place))
-    tensors.append(_tensor("y", shape, np.dtype("int8"), grid, 0))
+    tensors.append(_tensor("y", shape, np.dtype(dtype), grid, 0))
     code = schema.OperatorCodeT()
     code.builtinCode, code.version = getattr(schema.BuiltinOperator, kind), version
     code.deprecatedBuiltinCode = min(code.builtinCode, 127)
@@ -75,9 +78,12 @@ def _tensor(name: str, shape, dtype, grid, place: int) -> schema.TensorT:
     return tensor
 
 
-def run(kind: str, version: int, options, operands: list[Operand], shape, grid) -> tuple[np.ndarray, bool]:
+def run(
+    kind: str, version: int, options, operands: list[Operand], shape, grid, dtype="int8"
+) -> tuple[np.ndarray, bool]:
     """The operator's output, and whether the delegate computed it."""
-    interpreter = Interpreter(model_content=build(kind, version, options, operands, shape, grid), num_threads=1)
+    content = build(kind, version, options, operands, shape, grid, dtype)
+    interpreter = Interpreter(model_content=content, num_threads=1)
     interpreter.allocate_tensors()
     given = [operand.values for operand in operands if not operand.constant]
     for detail, values in zip(interpreter.get_input_details(), given, strict=True):

@@ -25,13 +25,15 @@ MAY_IMPORT = {
     "lower_products": {"graph", "lower_shapes", "lowerer"},
     "lower_operators": {"graph", "lower_products", "lower_shapes", "lowerer", "primitives", "rules"},
     "lower_layers": {"graph", "lower_operators", "lower_products", "lower_shapes", "lowerer", "primitives"},
+    "lower_int16": {"graph", "lower_operators", "lower_products", "lower_shapes", "lowerer"},
     "formulas": {"graph", "primitives"},
-    "lowering": {"errors", "formulas", "graph", "lower_layers", "lower_operators", "lowerer", "rules"},
+    "lowering": {"errors", "formulas", "graph", "lower_int16", "lower_layers", "lower_operators", "lowerer", "rules"},
     "plan": {"errors", "graph", "rules", "schemes"},
     "fakequant": {"numerics", "schemes"},
     "fixed_point": set(),
     "kernels": {"fakequant", "fixed_point", "primitives"},
-    "wrappers": {"fakequant", "kernels", "numerics", "plan", "rules", "schemes"},
+    "kernels16": {"fakequant", "fixed_point", "kernels"},
+    "wrappers": {"fakequant", "fixed_point", "kernels", "kernels16", "numerics", "plan", "rules", "schemes"},
     "quantize": {"errors", "fakequant", "graph", "lowering", "plan", "rules", "schemes", "wrappers"},
     "flatbuffer": {"errors"},
     "runtime": {"errors", "flatbuffer", "numerics"},
@@ -78,7 +80,7 @@ def test_arrows(name):
 
 def test_only_lowering_knows_how_layers_are_lowered():
     """What comes after sees the lowered graph and the table of rules."""
-    parts = {"lowerer", "lower_layers", "lower_operators", "lower_products", "lower_shapes", "formulas"}
+    parts = {"lowerer", "lower_int16", "lower_layers", "lower_operators", "lower_products", "lower_shapes", "formulas"}
     importers = {name for name, path in modules().items() if inside(imports(path)) & parts}
     assert importers <= {"lowering", *parts}
 

@@ -185,12 +185,33 @@ def test_agreement():
 
 
 def test_what_agreement_is_asked_for():
-    found = {"arm:cortex-a53": Agreement(200, 0.9999, 1.0, 0.985)}
-    (problem,) = measure.problems("m.tflite", found, Settings())
+    found = Agreement(200, 0.9999, 1.0, 0.985)
+    (problem,) = measure.problems("m.tflite", {"arm:cortex-a53": found})
     assert problem.startswith("m.tflite on arm:cortex-a53: 99.9900% of the output values are those of this machine")
-    assert measure.problems("m.tflite", found, Settings(delegate="gpu")) == []
-    (problem,) = measure.problems("m", {"android": Agreement(200, 0.5, 9.0, 0.97)}, Settings(delegate="gpu"))
+    assert measure.problems("m.tflite", {"android": replace(found, must_be_identical=False)}) == []
+    (problem,) = measure.problems("m", {"android": Agreement(200, 0.5, 9.0, 0.97, must_be_identical=False)})
     assert "top-1 agrees with this machine on 97.00% of 200 samples" in problem
+
+
+def test_which_files_are_the_same_everywhere(layers):
+    """Integer ones on a CPU, but for convolutions that are unpacked from int4."""
+    from keras import layers as L
+
+    from mobileqat import calibrate, convert, quantize_model
+
+    def converted(scheme, *stack, shape, **options):
+        import keras
+
+        quantized = quantize_model(keras.Sequential([keras.Input(shape), *stack]), scheme)
+        calibrate(quantized, np.ones((2, *shape), np.float32))
+        return flatbuffer.read(convert(quantized, **options))
+
+    dense = converted("w4a8", L.Dense(3), shape=(4,), input_type="float32", output_type="float32")
+    convolution = converted("w4a8", L.Conv2D(3, 1), shape=(4, 4, 2))
+    assert measure.is_exact(dense, Settings()) and not measure.is_exact(dense, Settings(delegate="gpu"))
+    assert not measure.is_exact(convolution, Settings())
+    assert measure.is_exact(converted("w8a8", L.Conv2D(3, 1), shape=(4, 4, 2)), Settings())
+    assert not measure.is_exact(flatbuffer.read(layers), Settings())
 
 
 # --- other targets
@@ -201,13 +222,13 @@ class Elsewhere:
 
     name, has_profiler, computes, integer_only = "elsewhere", True, True, False
 
-    def __init__(self, error=0, delegate=None):
-        self.error, self.delegate, self.asked = error, delegate, []
+    def __init__(self, factor=1, delegate=None):
+        self.factor, self.delegate, self.asked = factor, delegate, []
 
     def run(self, jobs, settings):
         self.asked.append((jobs, settings))
         profile = (OperatorCost("y", "FULLY_CONNECTED", 7.0),)
-        answers = [(output + self.error,) for (output,) in measure.host_outputs(jobs, settings)]
+        answers = [(output * self.factor,) for (output,) in measure.host_outputs(jobs, settings)]
         rows = [Measurement((10.0,), outputs=a, delegate=self.delegate, profile=profile) for a in answers]
         return Outcome(tuple(rows), "cycles", "npu", "1.0", {"name": "board"}, ("it was hot",))
 
@@ -220,19 +241,19 @@ def test_another_target(layers):
     comparison = measure.measure({"a": layers, "b": layers}, target, replace(FEW, profile=True))
     record = comparison.records["a"]
     assert len(target.asked) == 1  # it has a profiler
-    assert record.agreement == Agreement(16, 1.0, 0.0, 1.0)
+    assert record.agreement == Agreement(16, 1.0, 0.0, 1.0, must_be_identical=False)  # a float file
     assert (record.unit, record.runs, record.cost.median, record.warnings) == ("cycles", 1, 10.0, ("it was hot",))
     assert record.to_dict()["delegate"] == {"name": "npu", "operators": 1, "of": 2, "share": 0.5}
-    assert measure.disagreements(comparison.records, FEW) == []
+    assert measure.disagreements(comparison.records) == []
     measure.require_delegated(comparison.records, 0.5)
     with pytest.raises(DelegationError, match=r"a: npu took 1 of 2 operators \(50%\), expected at least 90%"):
         measure.require_delegated(comparison.records, 0.9)
 
 
 def test_another_target_that_computes_something_else(layers):
-    comparison = measure.measure({"a": layers}, Elsewhere(error=1), FEW)
+    comparison = measure.measure({"a": layers}, Elsewhere(factor=-1), FEW)
     assert comparison.records["a"].agreement.identical == 0
-    assert len(measure.disagreements(comparison.records, FEW)) == 1
+    assert len(measure.disagreements(comparison.records)) == 1
     with pytest.raises(DelegationError, match="does not say"):
         measure.require_delegated(comparison.records, 0.9)
 

@@ -154,7 +154,7 @@ qat:
         "r.yaml:8: data.options: wrong type, expected a mapping of keys to values, received [1]",
         "r.yaml:9: data.augment: wrong type, expected a mapping of keys to values, received 3",
         "r.yaml:13: float.epoch: unknown key (did you mean 'epochs'?), expected one of epochs, batch_size, "
-        "optimizer, learning_rate, schedule, warmup_epochs, weight_decay, label_smoothing, received 'epoch'",
+        "optimizer, learning_rate, schedule, warmup_epochs, weight_decay, label_smoothing, clip_norm, weight_ema, received 'epoch'",
         "r.yaml:14: float.epochs: wrong type, expected a valid integer, received true",
         "r.yaml:16: float.learning_rate: duplicate key, expected each key once, received it first at r.yaml:15",
         "r.yaml:19: quantize.input_range: wrong value, expected 'data', null or [lowest, highest], received [1, 0]",

@@ -162,12 +162,16 @@ class Target(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """Outputs on fixed vectors against the host's: share of identical values, largest difference in LSBs."""
+    """Outputs on fixed vectors against the host's: share of identical values, largest difference in LSBs.
+
+    `must_be_identical`: False where kernels are known to round differently from machine to machine.
+    """
 
     samples: int
     identical: float
     max_lsb: float
     top1_agreement: float
+    must_be_identical: bool = True
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,8 @@ def _write_files(run: Any, models: dict[str, str], samples: np.ndarray | None = 
             for file, model in models.items()
         ]
         arrays = {} if samples is None else {"samples": samples}
-        arguments = run.recipe.convert.model_dump() | {"files": rows, "function": _function(run)}
+        settings = {key: "int8" if value == "auto" else value for key, value in run.recipe.convert.model_dump().items()}
+        arguments = settings | {"files": rows, "function": _function(run)}
         process.call("convert", arguments, arrays=arrays)
         for target in targets.values():
             run.directory.write_bytes(target.name, target.read_bytes())
