@@ -121,11 +121,13 @@ def search(
         batch_size: samples that run together.
 
     Raises:
-        MobileQatError: nothing fits the budget, or fewer than two choices.
+        MobileQatError: nothing fits the budget, fewer than two choices, or schemes of different activations.
     """
     names = [*models, *([FLOAT] if FLOAT in costs else [])]
     if len(names) < 2:
         raise MobileQatError(f"A search needs at least two schemes to choose from. Received: {', '.join(names)}")
+    if len({model.plan.scheme.activations for model in models.values()}) > 1:
+        raise MobileQatError(f"Schemes to choose from must have the same activations. Received: {', '.join(models)}")
     switched = SwitchedModel(*models.values())
     layers = [name for name, w in next(iter(models.values())).operators.items() if w.weight_spec is not None]
     numbers = {name: index for index, name in enumerate(models, 1)} | {FLOAT: 0}

@@ -96,8 +96,9 @@ def test_few_bits_are_named():
         assert len(layer.weights.histogram.counts) == 7
 
 
-def test_nothing_to_repair():
-    model = network()
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a16"])
+def test_nothing_to_repair(scheme):
+    model = network(scheme=scheme)
     assert "nothing to repair" in analyze(model, X, agreement(model)).recommendation
 
 

@@ -91,6 +91,12 @@ def test_a_front_has_no_mixture_that_another_beats():
     assert [(m.cost, m.metric) for m in _pareto(mixtures)] == [(4, 0.95), (2, 0.9), (1, 0.5)]
 
 
+def test_schemes_differ_in_weights_alone():
+    _, models, metric = setup("w8a8", "w8a16")
+    with pytest.raises(MobileQatError, match="same activations"):
+        search(models, weight_bytes(models), 1e9, X, metric)
+
+
 def test_one_scheme_is_no_choice():
     _, models, metric = setup("w8a8")
     with pytest.raises(MobileQatError, match="two schemes"):
