@@ -121,7 +121,7 @@ def raw_vectors(model: bytes | str | Path | flatbuffer.Model, *samples: np.ndarr
 def host_outputs(jobs: Sequence[Job], settings: Settings) -> list[tuple[np.ndarray, ...]]:
     """What this machine computes on the jobs' inputs, with the same kernels if it has them.
 
-    The int8 kernels of tflite-runtime compute on ARM what the reference kernels compute.
+    The int8 kernels of tflite-runtime compute on ARM nearly what the reference kernels compute.
     """
     is_here = available_runtimes()[settings.runtime][0].isdigit()
     runtime = settings.runtime if is_here else "litert-reference"
@@ -143,11 +143,11 @@ def compare_outputs(
 
 
 def is_exact(model: flatbuffer.Model, settings: Settings) -> bool:
-    """Whether a file's outputs are the same integers on every machine.
+    """Whether a file's outputs are the same integers on every machine: LiteRT's int8 kernels, by default or reference.
 
-    The integer kernels of one runtime compute the same on every CPU, but for convolutions from int4: the built-in
-    kernel that unpacks them rounds twice on x86 and once on ARM.  Float kernels add up in orders of their own, and
-    other processors round as they like.
+    Not convolutions from int4, which the built-in kernel unpacks and rounds twice on x86, once on ARM; nor the other
+    built-in kernels, nor tflite-runtime's.  Float kernels add up in orders of their own, other processors round as
+    they like.
     """
     makes_float = any(
         model.tensors[index].is_float
@@ -156,7 +156,8 @@ def is_exact(model: flatbuffer.Model, settings: Settings) -> bool:
         for index in operator.outputs
     )
     unpacks = any(op.name == "CONV_2D" and model.tensors[op.inputs[1]].dtype == "int4" for op in model.operators)
-    return settings.delegate in ("xnnpack", "none") and not makes_float and not unpacks
+    is_same = settings.delegate == "xnnpack" and settings.runtime in ("litert", "litert-reference")
+    return is_same and not makes_float and not unpacks
 
 
 def disagreements(records: Mapping[str, Record]) -> list[str]:
