@@ -283,7 +283,9 @@ class Quantize(Section):
     equalize: bool = Field(
         default=False, description="even out the ranges of channels between consecutive layers first"
     )
-    correct_bias: bool = Field(default=False, description="put back the means that rounding shifts")
+    correct_bias: bool = Field(
+        default=False, description="put back the means that rounding shifts; adaround needs it not"
+    )
     adaround: AdaRound = Field(default=AdaRound(), description="learned rounding of weights")
 
     @model_validator(mode="after")
