@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -692,3 +693,13 @@ def test_importing_the_report_stays_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_bits_of_weights():
+    """How many, and what holds them where the runtime takes no fewer."""
+    results = make_results()
+    for row, bits in zip(results["plan"], ([8, 8], [4, 4], [4, 8], [2, 4], None), strict=False):
+        row["weight_bits"] = bits
+    rows = re.findall(r"<th scope=\"row\" class=\"name\">stack\d+/add</th>.*", render_html(results))
+    cells = [re.findall(r'<td class="number">([^<]*)</td>', row)[1] for row in rows[:5]]
+    assert cells == ["8", "4", "4 in int8", "2 in int4", "-"]
