@@ -76,7 +76,7 @@ def mobilenet_v3_small(
         input_shape: of one image.
         classes: number of classes.
         alpha: multiplies all channels.
-        strides: of the first convolution and of the four blocks that halve the image; (1, 1, 2, 2, 2) for 32x32.
+        strides: of the first convolution and of the four blocks that halve the image; (1, 2, 2, 2, 1) for 32x32.
         dropout: before the classifier.
     """
     from keras import Input, Model, layers
