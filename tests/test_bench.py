@@ -213,6 +213,8 @@ def test_which_files_are_the_same_everywhere(layers):
     assert measure.is_exact(converted("w8a8", L.Conv2D(3, 1), shape=(4, 4, 2)), Settings(runtime="litert-reference"))
     assert not measure.is_exact(dense, Settings(runtime="litert-builtin"))
     assert not measure.is_exact(flatbuffer.read(layers), Settings())
+    assert measure.is_exact(converted("w8a16", L.Dense(3, activation="tanh"), shape=(4,)), Settings())
+    assert not measure.is_exact(converted("w8a16", L.Dense(3, activation="gelu"), shape=(4,)), Settings())
 
 
 # --- other targets
