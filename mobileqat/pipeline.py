@@ -27,10 +27,11 @@ from mobileqat.adaround import Rounding, adaround
 from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
 from mobileqat.bench.measure import (
+    before_softmax,
+    bound_lsb,
     compare_outputs,
     disagreements,
     host_outputs,
-    is_exact,
     measure,
     predict,
     random_vectors,
@@ -733,9 +734,16 @@ def verify_on_targets(
         return {}
     model = flatbuffer.read(file)
     vectors = raw_vectors(model, dataset.test.x[:samples]) if dataset else random_vectors(model, samples)
-    (expected,) = host_outputs([Job("file", model, tuple(vectors))], settings)
-    exact = is_exact(model, settings)
-    return {t.name: compare_outputs(expected, predict(file, t, vectors, settings), exact) for t in targets}
+    inner, count = before_softmax(model), len(model.outputs)
+    exposed = flatbuffer.read(flatbuffer.expose_tensors(model.content, inner)) if inner else model
+    (expected,) = host_outputs([Job("file", exposed, tuple(vectors))], settings)
+    found = {}
+    for target in targets:
+        received = predict(exposed.content, target, vectors, settings)
+        found[target.name] = compare_outputs(expected[:count], received[:count], bound_lsb(model, settings))
+        if inner and bound_lsb(model, settings) is not None:
+            found[f"{target.name}, before SOFTMAX"] = compare_outputs(expected[count:], received[count:])
+    return found
 
 
 def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:

@@ -187,9 +187,10 @@ def test_agreement():
 def test_what_agreement_is_asked_for():
     found = Agreement(200, 0.9999, 1.0, 0.985)
     (problem,) = measure.problems("m.tflite", {"arm:cortex-a53": found})
-    assert problem.startswith("m.tflite on arm:cortex-a53: 99.9900% of the output values are those of this machine")
-    assert measure.problems("m.tflite", {"android": replace(found, must_be_identical=False)}) == []
-    (problem,) = measure.problems("m", {"android": Agreement(200, 0.5, 9.0, 0.97, must_be_identical=False)})
+    assert problem.startswith("m.tflite on arm:cortex-a53: 99.9900% of the output values are those of this machine; ")
+    assert measure.problems("m.tflite", {"android": replace(found, bound_lsb=None)}) == []
+    assert measure.problems("m.tflite", {"arm:cortex-a53": replace(found, bound_lsb=1)}) == []
+    (problem,) = measure.problems("m", {"android": Agreement(200, 0.5, 9.0, 0.97, bound_lsb=None)})
     assert "top-1 agrees with this machine on 97.00% of 200 samples" in problem
 
 
@@ -206,15 +207,22 @@ def test_which_files_are_the_same_everywhere(layers):
         calibrate(quantized, np.ones((2, *shape), np.float32))
         return flatbuffer.read(convert(quantized, **options))
 
+    def bound(file, **settings):
+        return measure.bound_lsb(file, Settings(**settings))
+
     dense = converted("w4a8", L.Dense(3), shape=(4,), input_type="float32", output_type="float32")
-    convolution = converted("w4a8", L.Conv2D(3, 1), shape=(4, 4, 2))
-    assert measure.is_exact(dense, Settings()) and not measure.is_exact(dense, Settings(delegate="gpu"))
-    assert not measure.is_exact(convolution, Settings())
-    assert measure.is_exact(converted("w8a8", L.Conv2D(3, 1), shape=(4, 4, 2)), Settings(runtime="litert-reference"))
-    assert not measure.is_exact(dense, Settings(runtime="litert-builtin"))
-    assert not measure.is_exact(flatbuffer.read(layers), Settings())
-    assert measure.is_exact(converted("w8a16", L.Dense(3, activation="tanh"), shape=(4,)), Settings())
-    assert not measure.is_exact(converted("w8a16", L.Dense(3, activation="gelu"), shape=(4,)), Settings())
+    assert bound(dense) == bound(dense, runtime="litert-reference") == 0
+    assert bound(dense, delegate="gpu") is bound(dense, runtime="litert-builtin") is None
+    assert bound(converted("w8a8", L.Conv2D(3, 1), shape=(4, 4, 2))) == 0
+    assert bound(converted("w4a8", L.Conv2D(3, 1), shape=(4, 4, 2))) is None
+    assert bound(flatbuffer.read(layers)) is None
+    assert bound(converted("w8a16", L.Dense(3, activation="tanh"), shape=(4,))) == 0
+    assert bound(converted("w8a16", L.Dense(3, activation="gelu"), shape=(4,))) is None
+    last = converted("w8a8", L.Dense(3, name="dense"), L.Softmax(), shape=(4,), output_type="float32")
+    assert bound(last) == 1 and [last.tensors[i].name for i in measure.before_softmax(last)] == ["dense"]
+    inside = converted("w8a8", L.Softmax(), L.Dense(3), shape=(4,))
+    assert bound(inside) is None and measure.before_softmax(inside) == []
+    assert measure.before_softmax(converted("w8a8", L.Softmax(), shape=(4,))) == []
 
 
 # --- other targets
@@ -244,7 +252,7 @@ def test_another_target(layers):
     comparison = measure.measure({"a": layers, "b": layers}, target, replace(FEW, profile=True))
     record = comparison.records["a"]
     assert len(target.asked) == 1  # it has a profiler
-    assert record.agreement == Agreement(16, 1.0, 0.0, 1.0, must_be_identical=False)  # a float file
+    assert record.agreement == Agreement(16, 1.0, 0.0, 1.0, bound_lsb=None)  # a float file
     assert (record.unit, record.runs, record.cost.median, record.warnings) == ("cycles", 1, 10.0, ("it was hot",))
     assert record.to_dict()["delegate"] == {"name": "npu", "operators": 1, "of": 2, "share": 0.5}
     assert measure.disagreements(comparison.records) == []

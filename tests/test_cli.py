@@ -439,12 +439,13 @@ def test_verify_on_a_target(folder):
         "verify", folder / "quantized.tflite", "--data", "digits", "--samples", 16, "--target", "host"
     ).output.splitlines()
     assert lines[1].split() == ["host", "16", "100", "%", "0", "LSB", "100", "%"] and lines[-1] == "passed"
+    assert lines[2].startswith("host, before SOFTMAX ")
     detail = json.loads(
         run("verify", folder / "quantized.keras", folder / "quantized.tflite", "--target", "host", "--json").stdout
     )
     assert detail["passed"] is True
-    expected = {"samples": 256, "identical": 1.0, "max_lsb": 0.0, "top1_agreement": 1.0, "must_be_identical": True}
-    assert detail["targets"] == {"host": expected}
+    expected = {"samples": 256, "identical": 1.0, "max_lsb": 0.0, "top1_agreement": 1.0, "bound_lsb": 1}
+    assert detail["targets"] == {"host": expected, "host, before SOFTMAX": expected | {"bound_lsb": 0}}
     assert "Expected the MODEL that FILE was made from" in error("verify", folder / "quantized.tflite")
 
 

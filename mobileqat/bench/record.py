@@ -164,14 +164,15 @@ class Target(Protocol):
 class Agreement:
     """Outputs on fixed vectors against the host's: share of identical values, largest difference in LSBs.
 
-    `must_be_identical`: False where kernels are known to round differently from machine to machine.
+    `bound_lsb` is how far single values may be apart: 0 where kernels compute the same integers on every machine, None
+    where they are known not to.
     """
 
     samples: int
     identical: float
     max_lsb: float
     top1_agreement: float
-    must_be_identical: bool = True
+    bound_lsb: float | None = 0
 
 
 @dataclass(frozen=True)
