@@ -703,3 +703,17 @@ def test_bits_of_weights():
     rows = re.findall(r"<th scope=\"row\" class=\"name\">stack\d+/add</th>.*", render_html(results))
     cells = [re.findall(r'<td class="number">([^<]*)</td>', row)[1] for row in rows[:5]]
     assert cells == ["8", "4", "4 in int8", "2 in int4", "-"]
+
+
+def test_instructions_have_a_chart_of_their_own():
+    results = make_results()
+    for variant, count in (("float", 7_060_000), ("qat", 5_010_000)):
+        row = make_latency(count) | {"target": "arm:cortex-a53", "unit": "instructions"}
+        results["variants"][variant]["bench"].append(row)
+    charts = {chart.name: chart for chart in draw_charts(results)}
+    assert "instructions" not in charts["latency"].description
+    description = charts["instructions"].description
+    assert description == "Median instructions: float 7.060 M; QAT 5.010 M."
+    assert "instructions, millions" in charts["instructions"].svg and "1e6" not in charts["instructions"].svg
+    cells = {row.label: row.cells for row in comparison_rows(results["variants"])}
+    assert cells["Instructions, arm:cortex-a53, litert, 1 thread"] == ("7.060 M", "-", "5.010 M")

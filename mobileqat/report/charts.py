@@ -266,18 +266,19 @@ def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, ca
     if not bars:
         return None
     figure, axes = _canvas(height=60 + 30 * len(bars))
-    longest = max(max(median, cost(variants[n], key, "p90") or 0) for n, key, median in bars)
+    label, one = ("ms", 1.0) if unit == "ms" else ("millions", 1e6)
+    longest = max(max(median, cost(variants[n], key, "p90") or 0) for n, key, median in bars) / one
     for row, (variant, key, median) in enumerate(bars):
-        p90 = cost(variants[variant], key, "p90") or median
-        axes.barh(row, median, 0.6, color=_COLOURS[variant])
-        axes.plot([median, p90], [row, row], "-|", color=_INK, lw=1, ms=7)
+        p90 = (cost(variants[variant], key, "p90") or median) / one
+        axes.barh(row, median / one, 0.6, color=_COLOURS[variant])
+        axes.plot([median / one, p90], [row, row], "-|", color=_INK, lw=1, ms=7)
         axes.annotate(write(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline")
     several = len(keys) > 1
     labels = [f"{VARIANTS[n]}, {formats.place(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
     _label_rows(axes, labels)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest)
-    axes.set_xlabel(f"{name}, ms" if unit == "ms" else name)
+    axes.set_xlabel(f"{name}, {label}")
     where = "" if several else f" ({formats.place(*next(iter(keys)))})"
     words = (f"{label} {write(bar[2])}" for label, bar in zip(labels, bars, strict=True))
     return _chart(figure, name, title, caption.format(where=where), f"Median {name}: {'; '.join(words)}.")
