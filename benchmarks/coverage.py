@@ -215,11 +215,15 @@ def load(entry) -> tuple:
     import keras
     from contract import give_trained_weights, samples_of
 
+    import mobileqat
+
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     built = entry()
-    model, samples = built if isinstance(built, tuple) else (built, samples_of(built, -2.0, 2.0))
+    model, samples = built if isinstance(built, tuple) else (built, None)
     give_trained_weights(model)
+    if samples is None:  # a subclassed model says what its inputs are once it is traced
+        samples = samples_of(model if hasattr(model, "inputs") else mobileqat.quantize_model(model), -2.0, 2.0)
     return model, samples, None, None
 
 
