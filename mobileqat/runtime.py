@@ -286,8 +286,8 @@ class Session:
         return [self._interpreter.get_tensor(index) for index in self._output_indices]
 
 
-def import_runtime(name: str) -> Any:
-    """The module of a runtime, imported.
+def require_runtime(name: str) -> str:
+    """The version of a runtime; nothing heavy is imported.
 
     Raises:
         RuntimeUnavailableError: no such runtime, or it is not usable here.
@@ -297,6 +297,16 @@ def import_runtime(name: str) -> Any:
     refusal = _refusal(RUNTIMES[name])
     if refusal:
         raise RuntimeUnavailableError(f"{name} cannot be used: {refusal}")
+    return importlib.metadata.version(RUNTIMES[name].package)
+
+
+def import_runtime(name: str) -> Any:
+    """The module of a runtime, imported.
+
+    Raises:
+        RuntimeUnavailableError: no such runtime, or it is not usable here.
+    """
+    require_runtime(name)
     try:
         return importlib.import_module(RUNTIMES[name].module)
     except ImportError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from keras import layers as L
 
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import convert
@@ -40,6 +41,16 @@ class Checked:
 
 def sequential(*layers, shape=(9, 9, 3)) -> keras.Sequential:
     return keras.Sequential([keras.Input(shape, name="x"), *layers], name="model")
+
+
+def small_classifier() -> keras.Model:
+    """A convolution, pooling, a dense layer and a softmax on 8x8x3, with weights as training leaves them."""
+    model = sequential(
+        L.Conv2D(4, 3, activation="relu", name="conv"), L.MaxPooling2D(name="pool"), L.Flatten(name="flat"),
+        L.Dense(3, activation="softmax", name="head"), shape=(8, 8, 3),
+    )  # fmt: skip
+    give_trained_weights(model)
+    return model
 
 
 def give_trained_weights(model: keras.Model, seed: int = 0) -> None:

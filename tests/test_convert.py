@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from contract import give_trained_weights, sequential
+from contract import give_trained_weights, small_classifier
 from keras import layers as L
 from keras import ops
 
@@ -19,19 +19,10 @@ from mobileqat.runtime import Session
 X = np.random.default_rng(0).uniform(-1, 1, (10, 8, 8, 3)).astype(np.float32)
 
 
-def small_model():
-    model = sequential(
-        L.Conv2D(4, 3, activation="relu", name="conv"), L.MaxPooling2D(name="pool"), L.Flatten(name="flat"),
-        L.Dense(3, activation="softmax", name="head"), shape=(8, 8, 3),
-    )  # fmt: skip
-    give_trained_weights(model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def quantized():
     keras.utils.set_random_seed(0)
-    result = quantize_model(small_model())
+    result = quantize_model(small_classifier())
     calibrate(result, X)
     return result
 
@@ -242,17 +233,17 @@ def test_batch_size_is_a_positive_integer(quantized, batch_size):
 
 def test_float_model():
     with pytest.raises(ModelError, match="convert_float"):
-        convert(small_model())
+        convert(small_classifier())
 
 
 def test_never_calibrated():
     with pytest.raises(CalibrationError, match=r"never moved: x, .*calibrate"):
-        convert(quantize_model(small_model()))
+        convert(quantize_model(small_classifier()))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_broken_weights(value):
-    quantized = quantize_model(small_model())
+    quantized = quantize_model(small_classifier())
     calibrate(quantized, X)
     quantized.operators["conv"].layer.bias.assign([0, value, 0, 0])
     with pytest.raises(ModelError, match=r"NaN or infinite.*bias"):
@@ -260,7 +251,7 @@ def test_broken_weights(value):
 
 
 def test_broken_ranges():
-    quantized = quantize_model(small_model())
+    quantized = quantize_model(small_classifier())
     calibrate(quantized, X)
     quantized.quantizers["head"].set_range("head", -1, np.inf)
     with pytest.raises((CalibrationError, ModelError), match=r"head|range_head"):
@@ -268,7 +259,7 @@ def test_broken_ranges():
 
 
 def test_collapsed_range():
-    quantized = quantize_model(small_model())
+    quantized = quantize_model(small_classifier())
     calibrate(quantized, np.zeros_like(X))
     with pytest.raises(CalibrationError, match="'x' has collapsed to zero"):
         check_ranges(quantized)
@@ -276,7 +267,7 @@ def test_collapsed_range():
 
 def test_range_too_small_for_a_scale():
     """Below the smallest scale a grid no longer fits its range: the same fault as a collapsed one."""
-    quantized = quantize_model(small_model())
+    quantized = quantize_model(small_classifier())
     calibrate(quantized, X)
     quantized.quantizers["head"].set_range("head", 0, 1e-12)
     with pytest.raises(CalibrationError, match="'head'"):
@@ -285,7 +276,7 @@ def test_range_too_small_for_a_scale():
 
 def test_requantization_that_the_delegate_refuses():
     """XNNPACK takes no ratio of scales of 256 or more; the file would not load on a phone."""
-    quantized = quantize_model(small_model())
+    quantized = quantize_model(small_classifier())
     calibrate(quantized, X)
     quantized.quantizers["conv/relu"].set_range("conv/relu", 0, 1e-7)
     try:
@@ -296,7 +287,7 @@ def test_requantization_that_the_delegate_refuses():
 
 
 def test_float_file(quantized):
-    model = small_model()
+    model = small_classifier()
     session = Session(convert_float(model))
     assert session.inputs[0].dtype == "float32" and session.batch_size == 1
     np.testing.assert_allclose(session.predict(X), model(X), atol=1e-5)
@@ -304,7 +295,7 @@ def test_float_file(quantized):
 
 
 def test_float_file_of_nan_weights():
-    model = small_model()
+    model = small_classifier()
     model.get_layer("conv").bias.assign([np.nan, 0, 0, 0])
     with pytest.raises(ModelError, match="NaN"):
         convert_float(model)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from contract import check_layer, give_trained_weights, sequential
+from contract import check_layer, sequential, small_classifier
 from keras import layers as L
 from layer_cases import LAYER_CASES
 
@@ -96,19 +96,10 @@ def test_ties(layer):
     assert parity.max_lsb == 0
 
 
-def small_model():
-    model = sequential(
-        L.Conv2D(4, 3, activation="relu", name="conv"), L.MaxPooling2D(name="pool"), L.Flatten(name="flat"),
-        L.Dense(3, activation="softmax", name="head"), shape=(8, 8, 3),
-    )  # fmt: skip
-    give_trained_weights(model)
-    return model
-
-
 @pytest.fixture(scope="module")
 def quantized():
     keras.utils.set_random_seed(0)
-    result = quantize_model(small_model(), scheme="w8a16")
+    result = quantize_model(small_classifier(), scheme="w8a16")
     calibrate(result, X)
     return result
 

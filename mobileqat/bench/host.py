@@ -13,7 +13,7 @@ from typing import Any
 from mobileqat.bench import child
 from mobileqat.bench.record import Check, Job, Outcome, Settings
 from mobileqat.errors import MobileQatError
-from mobileqat.runtime import RUNTIMES, available_runtimes, import_runtime
+from mobileqat.runtime import RUNTIMES, available_runtimes, require_runtime
 
 
 class Host:
@@ -33,8 +33,7 @@ class Host:
             RuntimeUnavailableError: the runtime is not usable here.
             MobileQatError: a core that does not exist, or may not be used.
         """
-        import_runtime(settings.runtime)
-        version = available_runtimes()[settings.runtime]
+        version = require_runtime(settings.runtime)
         with tempfile.TemporaryDirectory(prefix="mobileqat-bench-") as folder:
             child.write_jobs(Path(folder), jobs, settings, cpus=_allowed_cores(settings.cpus))
             command = [sys.executable, str(child.WORKER), folder]

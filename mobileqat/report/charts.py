@@ -79,12 +79,12 @@ class Chart:
 
 def draw_charts(results: Mapping[str, Any]) -> list[Chart]:
     """Every chart that `results` has the data for."""
-    with _style():
+    with chart_style():
         return [chart for draw in _DRAWINGS if (chart := draw(results))]
 
 
 @contextlib.contextmanager
-def _style() -> Iterator[None]:
+def chart_style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
@@ -101,7 +101,7 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
     shares = {name: share for name in variants if (share := accuracy(variants[name])) is not None}
     if not shares:
         return None
-    figure, axes = _canvas(height=70 + 40 * len(shares))
+    figure, axes = canvas(height=70 + 40 * len(shares))
     words = []
     for row, (name, share) in enumerate(shares.items()):
         colour, marker, text = _COLOURS[name], _MARKERS[name], formats.percent(share)
@@ -114,7 +114,7 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
         simulation = number(variants[name], "accuracy", "simulation")
         if simulation is not None:
             axes.plot(100 * simulation, row, marker, ms=11, mfc="none", mec=colour, mew=1)
-    _label_rows(axes, [VARIANTS[name] for name in shares])
+    label_rows(axes, [VARIANTS[name] for name in shares])
     axes.set_ylim(len(shares) - 0.5, -0.7)
     axes.margins(x=0.12)
     axes.set_xlabel("accuracy, %")
@@ -133,14 +133,14 @@ def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
     if not any(difference for _, row in differences for difference in row.values()):
         return None
     largest = sorted(differences, key=lambda row: -max(abs(d) for d in row[1].values()))[:_MOST_CLASSES]
-    figure, axes = _canvas(height=95 + 20 * len(largest))
+    figure, axes = canvas(height=95 + 20 * len(largest))
     names = [name for name in VARIANTS if any(name in row for _, row in largest)]
     axes.axvline(0, color=_INK, lw=0.8)
     for name, offset in zip(names, (-0.16, 0.16) if len(names) == 2 else (0,), strict=True):
         points = [row.get(name, math.nan) for _, row in largest]
         places = [place + offset for place in range(len(largest))]
         axes.plot(points, places, _MARKERS[name], ms=5, color=_COLOURS[name], label=VARIANTS[name])
-    _label_rows(axes, [_shortened(label) for label, _ in largest])
+    label_rows(axes, [shortened(label) for label, _ in largest])
     axes.set_ylim(len(largest) - 0.5, -0.5)
     axes.set_xlabel("difference to float, points")
     figure.legend(loc="outside lower center", ncols=len(names))
@@ -205,7 +205,7 @@ def _draw_training(
         curve = {0: before, **curve}
         caption += " Epoch 0: before training."
     training = {row["epoch"]: value for row in epochs if (value := number(row, "accuracy")) is not None}
-    figure, axes = _canvas(height=260)
+    figure, axes = canvas(height=260)
     colour = _COLOURS[name]
     if training:
         label = f"{VARIANTS[name]}, training data"
@@ -265,7 +265,7 @@ def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, ca
     ]
     if not bars:
         return None
-    figure, axes = _canvas(height=60 + 30 * len(bars))
+    figure, axes = canvas(height=60 + 30 * len(bars))
     label, one = ("ms", 1.0) if unit == "ms" else ("millions", 1e6)
     longest = max(max(median, cost(variants[n], key, "p90") or 0) for n, key, median in bars) / one
     for row, (variant, key, median) in enumerate(bars):
@@ -275,7 +275,7 @@ def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, ca
         axes.annotate(write(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline")
     several = len(keys) > 1
     labels = [f"{VARIANTS[n]}, {formats.place(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
-    _label_rows(axes, labels)
+    label_rows(axes, labels)
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.set_xlim(0, 1.3 * longest)
     axes.set_xlabel(f"{name}, {label}")
@@ -297,14 +297,14 @@ _DRAWINGS = (
 # --- drawing
 
 
-def _canvas(height: float) -> tuple[Figure, Axes]:
+def canvas(height: float) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")  # the SVG's unit is 1/72 inch
     return figure, figure.subplots()
 
 
-def _label_rows(axes: Axes, labels: Sequence[str]) -> None:
+def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.locator_params(axis="x", nbins=6)
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(axis="y", length=0)
@@ -317,7 +317,7 @@ def _percents(curve: Mapping[int, float]) -> list[float]:
     return [100 * value for value in curve.values()]
 
 
-def _shortened(label: str) -> str:
+def shortened(label: str) -> str:
     label = _printable(label)
     return label if len(label) <= _LABEL_CHARACTERS else f"{label[: _LABEL_CHARACTERS - 1]}…"
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mobileqat.report import formats
-from mobileqat.report.charts import _canvas, _label_rows, _shortened, _style
+from mobileqat.report.charts import canvas, chart_style, label_rows, shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +80,7 @@ def write_analysis(analysis: Mapping[str, Any], folder: Path) -> None:
     layers = analysis["layers"]
     if not layers:
         return
-    with _style():
+    with chart_style():
         _save(_draw_sqnr(layers), folder / "sqnr.svg")
         if analysis["float_metric"] is not None:
             _save(_draw_metric(analysis), folder / "metric.svg")
@@ -94,7 +94,7 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def _draw_sqnr(layers: Sequence[Mapping[str, Any]]) -> Figure:
-    figure, axes = _canvas(height=80 + 18 * len(layers))
+    figure, axes = canvas(height=80 + 18 * len(layers))
     places = list(range(len(layers)))
     axes.plot([row["own_sqnr_db"] for row in layers], places, "o", color=_BLUE, ms=6, label="this layer alone")
     axes.plot([row["sqnr_db"] for row in layers], places, "|", color=_ORANGE, ms=10, mew=2, label="in the whole model")
@@ -103,7 +103,7 @@ def _draw_sqnr(layers: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _draw_metric(analysis: Mapping[str, Any]) -> Figure:
     layers = analysis["layers"]
-    figure, axes = _canvas(height=80 + 18 * len(layers))
+    figure, axes = canvas(height=80 + 18 * len(layers))
     places = list(range(len(layers)))
     lost = [100 * (row["only"] - analysis["float_metric"]) for row in layers]
     won = [100 * (row["without"] - analysis["quantized_metric"]) for row in layers]
@@ -113,7 +113,7 @@ def _draw_metric(analysis: Mapping[str, Any]) -> Figure:
 
 
 def _finished(figure: Figure, axes: Axes, layers: Sequence[Mapping[str, Any]], label: str) -> Figure:
-    _label_rows(axes, [_shortened(row["name"]) for row in layers])
+    label_rows(axes, [shortened(row["name"]) for row in layers])
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_xlabel(label)
     figure.legend(loc="outside lower center", ncols=2)
