@@ -162,7 +162,10 @@ def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, b
     float_metric = quantized_metric = None
     if metric is not None:
         switched = SwitchedModel(model)
-        score = lambda choices: metric(switched.predict(samples, choices, batch_size))  # noqa: E731
+
+        def score(choices: dict[str, int]) -> float:
+            return metric(switched.predict(samples, choices, batch_size))
+
         all_integer = dict.fromkeys(switched.operators, 1)
         float_metric, quantized_metric = score({}), score(all_integer)
         for index, layer in enumerate(layers):

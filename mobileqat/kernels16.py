@@ -205,12 +205,14 @@ def _inverse_root(layer, x, output: Grid):
 def _softmax_tables() -> tuple[np.ndarray, np.ndarray]:
     """exp on [-10, 0] and 1 / (1 + x) on [0, 1], computed in float64; both on a grid of [-1, 1]."""
 
+    def away(x):
+        return np.sign(x) * np.floor(np.abs(x) + 0.5)
+
     def entries(function, low, high):
         inverse = 65536.0 / 2.0
         step = (high - low) / 512
         left = low + np.arange(513) * step
         values = function(left) * inverse
-        away = lambda x: np.sign(x) * np.floor(np.abs(x) + 0.5)  # noqa: E731
         midway = away(function(left[:-1] + step / 2) * inverse)
         error = away((values[1:] + away(values[:-1])) / 2) - midway
         last = away(function(np.array([high])) * inverse)
