@@ -147,7 +147,7 @@ def _observed(model: QuantizedModel) -> list[str]:
     return [name for name, quantizer in model.quantizers.items() if quantizer.is_learned and name in quantizer.members]
 
 
-def _activations(model: QuantizedModel, inputs) -> dict[str, tf.Tensor]:
+def float_activations(model: QuantizedModel, inputs) -> dict[str, tf.Tensor]:
     """Every tensor of the plan, computed in float."""
     values = dict(zip(model.plan.inputs, inputs, strict=True))
     for wrapper in model.operators.values():
@@ -169,7 +169,7 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
 
     @tf.function(input_signature=_signature(model))
     def extremes(*inputs):
-        values = _activations(model, inputs)
+        values = float_activations(model, inputs)
         return tf.stack([[tf.reduce_min(values[name]), tf.reduce_max(values[name])] for name in names])
 
     seen = np.stack([extremes(*batch).numpy() for batch in batches])
@@ -192,7 +192,7 @@ def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]
 
     @tf.function(input_signature=_signature(model))
     def count(*inputs):
-        values = _activations(model, inputs)
+        values = float_activations(model, inputs)
         return tf.stack([tf.histogram_fixed_width(values[name], list(ranges[name]), BINS) for name in names])
 
     total = sum(count(*batch).numpy().astype(np.int64) for batch in batches)

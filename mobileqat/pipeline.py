@@ -43,7 +43,7 @@ from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.bias_correction import BiasCorrection, correct_bias
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
-from mobileqat.data import Dataset, calibration_samples, load_dataset
+from mobileqat.data import Dataset, calibration_samples, classes_not_calibrated, load_dataset
 from mobileqat.equalize import equalize
 from mobileqat.errors import (
     CalibrationError,
@@ -54,6 +54,7 @@ from mobileqat.errors import (
     MobileQatError,
     ModelError,
     ParityError,
+    TrainingError,
 )
 from mobileqat.evaluate import accuracy, per_class, top1
 from mobileqat.legacy import tfmot
@@ -153,14 +154,17 @@ class Run:
 
 def _data(run: Run) -> dict:
     _check_targets(run)
-    data = run.dataset
+    data, count = run.dataset, run.recipe.data.calibration_samples
+    if missing := classes_not_calibrated(data, count, run.recipe.seed):
+        _say(run, f"Calibration sees no sample of {', '.join(missing)}: ranges may not hold what these classes give.")
     return {
         "source": run.recipe.data.source,
         "class_names": list(data.class_names),
         "train": len(data.train.x),
         "validation": len(data.validation.x),
         "test": len(data.test.x),
-        "calibration": min(run.recipe.data.calibration_samples, len(data.train.x)),
+        "calibration": min(count, len(data.train.x)),
+        "not_calibrated": missing,
     }
 
 
@@ -191,6 +195,8 @@ def _float(run: Run) -> dict:
     _check_fits(model, data)
     _announce_borders(run, plan)
     models.check_finite_weights(model)
+    if recipe.qat.from_scratch:
+        run.directory.write("models/initial.keras", model.save)  # as it is now; training changes it
     history = fit(
         model,
         data,
@@ -226,9 +232,13 @@ def _announce_borders(run: Run, plan: QuantPlan) -> None:
     borders = plan.borders()
     lines = [f"{len(in_float)} operators stay in float, as excluded, at {len(borders)} conversions:"]
     lines += [f"{b['conversion']} of {b['tensor']}, read by {', '.join(b['read_by']) or 'the output'}" for b in borders]
+    for line in lines:
+        _say(run, line)
+
+
+def _say(run: Run, line: str) -> None:
     if run.display:
-        for line in lines:
-            run.display.say(line)
+        run.display.say(line)
 
 
 def _check_fits(model: keras.Model, data: Dataset) -> None:
@@ -246,14 +256,8 @@ def _check_fits(model: keras.Model, data: Dataset) -> None:
 
 def _ptq(run: Run) -> dict:
     recipe = run.recipe
-    known = recipe.quantize.input_range
-    model = quantize_model(
-        run.model("float"),
-        input_range=run.dataset.value_range if known == "data" else known,
-        ema_decay=recipe.qat.ema_decay,
-        **_plan_options(run, run.model("float")),
-    )
-    samples = calibration_samples(run.dataset, recipe.data.calibration_samples, recipe.seed)
+    model = _quantize(run, run.model("float"))
+    samples = _calibration_samples(run)
     equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
@@ -268,6 +272,20 @@ def _ptq(run: Run) -> dict:
     }
 
 
+def _quantize(run: Run, model: keras.Model) -> QuantizedModel:
+    known = run.recipe.quantize.input_range
+    return quantize_model(
+        model,
+        input_range=run.dataset.value_range if known == "data" else known,
+        ema_decay=run.recipe.qat.ema_decay,
+        **_plan_options(run, model),
+    )
+
+
+def _calibration_samples(run: Run) -> np.ndarray:
+    return calibration_samples(run.dataset, run.recipe.data.calibration_samples, run.recipe.seed)
+
+
 def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
     settings = run.recipe.quantize.adaround
     if settings.steps == 0:
@@ -279,18 +297,26 @@ def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
 def _qat(run: Run) -> dict | None:
     if not run.recipe.qat.enabled:
         return None
-    # A copy by way of the file: the PTQ model stays as it was calibrated.
-    model = models.load_model(run.directory.path / "models" / "ptq.keras")
-    history = fit(
-        model,
-        run.dataset,
-        run.recipe.qat,
-        augment=run.recipe.data.augment,
-        seed=run.recipe.seed,
-        teacher=run.model("float"),
-        callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
-        log_dir=run.directory.path / "tensorboard" / "qat",
-    )
+    if run.recipe.qat.from_scratch:
+        model = _quantize(run, run.model("initial"))
+        calibrate(model, _calibration_samples(run))
+    else:
+        # A copy by way of the file: the PTQ model stays as it was calibrated.
+        model = models.load_model(run.directory.path / "models" / "ptq.keras")
+    try:
+        history = fit(
+            model,
+            run.dataset,
+            run.recipe.qat,
+            augment=run.recipe.data.augment,
+            seed=run.recipe.seed,
+            teacher=run.model("float"),
+            callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
+            log_dir=run.directory.path / "tensorboard" / "qat",
+        )
+    except TrainingError as error:
+        path = run.directory.write("models/qat_last_good.keras", model.save)
+        raise TrainingError(f"{error} It is kept in '{path}'.") from error
     run.keep_model("qat", model)
     return {"training": vars(history), "plan": plan_rows(model)}
 

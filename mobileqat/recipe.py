@@ -198,10 +198,20 @@ class QatTraining(Training):
     """How to fine-tune with fake quantization."""
 
     enabled: bool = Field(default=True, description="false stops at post-training quantization")
+    from_scratch: bool = Field(
+        default=False, description="train from the weights that float training starts from, not from its result"
+    )
     epochs: Epochs = 5
     learning_rate: LearningRate = 1e-4
-    distillation: Share = Field(default=0.0, description="weight of the loss against the float model's outputs")
+    distillation: Share = Field(default=0.5, description="weight of the loss against the float model's outputs")
     temperature: float = Field(default=2.0, gt=0, description="temperature of the distillation softmax")
+    distillation_features: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Strict(False)] = Field(
+        default=(), description="patterns of layer paths whose outputs follow the float model's, too, such as pool"
+    )
+    feature_weight: float = Field(default=1.0, gt=0, description="weight of the loss against those outputs")
+    range_learning_rate: float = Field(
+        default=1.0, gt=0, description="learning rate of trained ranges and weight scales, relative to learning_rate"
+    )
     ema_decay: float = Field(default=0.99, gt=0, lt=1, description="decay of the moving activation ranges, per step")
     freeze_observers_after: Share = Field(
         default=0.5, description="share of training after which activation ranges stay as they are"
@@ -421,6 +431,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _features_are_comparable(self) -> "Recipe":
+        if self.qat.distillation_features and self.quantize.equalize:
+            raise _conflict(
+                "qat.distillation_features",
+                "has no use beside quantize.equalize, which gives the channels of layers other ranges, expected []",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_start_from(self) -> "Recipe":
         # A module:function may return a trained model; a reference model starts with random weights.
         is_reference = self.model.name is not None and ":" not in self.model.name
@@ -437,7 +456,8 @@ class Recipe(Section):
 TFMOT_BARS = {"min_top1_agreement": 0.95, "min_identical_output": 0.5}
 NATIVE_KEYS = (
     *("quantize.scheme", "quantize.calibration", "quantize.input_range", "quantize.exclude"),
-    *("qat.distillation", "qat.temperature", "qat.ema_decay"),
+    *("qat.distillation", "qat.temperature", "qat.ema_decay", "qat.from_scratch"),
+    *("qat.distillation_features", "qat.feature_weight", "qat.range_learning_rate"),
     *("quantize.layers", "quantize.narrow_storage", "quantize.weight_range"),
     *("quantize.learn_activation_ranges", "qat.start_after", "qat.estimator", "qat.damping"),
     *("qat.freeze_oscillations", "qat.reestimate_batch_norm"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,14 +18,12 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from mobileqat import graph as graphs
 from mobileqat.data import Dataset, augment_images
-from mobileqat.errors import ModelError, TrainingError
+from mobileqat.distillation import distilled, gives_probabilities
+from mobileqat.errors import TrainingError
 from mobileqat.fakequant import quantize_weights
-from mobileqat.lowering import expand, lower
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
-from mobileqat.rules import Output, function_name, get_rule
 from mobileqat.wrappers import QuantizeWrapper
 
 
@@ -74,7 +72,9 @@ def fit(
     train = training_batches(dataset, settings.batch_size, augment, seed)
     validation = _batches(dataset.validation.x, _one_hot(dataset, dataset.validation.y), 256)
     steps = len(train)
-    trained = _distilled(model, settings, teacher)
+    trained = model
+    if teacher is not None and isinstance(settings, QatTraining):
+        trained = distilled(model, teacher, settings)
     trained.compile(
         optimizer=make_optimizer(settings, steps),
         loss=keras.losses.CategoricalCrossentropy(
@@ -82,6 +82,8 @@ def fit(
         ),
         metrics=[keras.metrics.CategoricalAccuracy(name="accuracy")],
     )
+    # Here, since variables made while a step is traced take longer than the rest of the tracing.
+    trained.optimizer.build(trained.trainable_variables)
     initial = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
     recorder = _Recorder(model, initial, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
     all_callbacks = [recorder, *callbacks]
@@ -104,6 +106,11 @@ def fit(
                 verbose=0,
                 callbacks=all_callbacks,
             )
+    except tf.errors.InvalidArgumentError as error:
+        if "is not in [0, " not in str(error):
+            raise
+        # The weights are finite, what they compute is not: a kernel's table has no entry for NaN.
+        recorder.stop(f"'{model.name}' computed values that are NaN or infinite in validation after", error)
     finally:
         if isinstance(model, QuantizedModel):
             freeze(model, observers=False, batch_norm=False)
@@ -112,36 +119,6 @@ def fit(
     if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
         _reestimate(model, trained, train.take(settings.reestimate_batch_norm), validation, settings.keep_best)
     return History(recorder.epochs, initial, best)
-
-
-def gives_probabilities(model: keras.Model) -> bool:
-    """Whether the model's first output comes from softmax or sigmoid; otherwise it is taken as logits.
-
-    Layers that only move values, such as Reshape or Dropout, may follow.
-    """
-    if isinstance(model, QuantizedModel):
-        makers = {operator.output: operator for operator in model.plan.operators}
-        name = model.plan.outputs[0]
-        while name in makers and model.plan.tensors[name].output is Output.SHARED:
-            name = makers[name].inputs[0]
-        return name in makers and makers[name].kind in ("SOFTMAX", "LOGISTIC")
-    try:
-        graph = lower(graphs.read(model, expand))
-    except ModelError:
-        return _ends_in_probabilities(model)
-    nodes = {node.path: node for node in graph.nodes}
-    name = graph.outputs[0]
-    while name in nodes and get_rule(nodes[name].layer).output is Output.SHARED:
-        name = nodes[name].inputs[0]
-    return name in nodes and get_rule(nodes[name].layer).operator in ("SOFTMAX", "LOGISTIC")
-
-
-def _ends_in_probabilities(layer) -> bool:
-    """For a model that cannot be lowered, or not without its sizes: whether its last layer is softmax or sigmoid."""
-    if isinstance(layer, keras.Model):
-        return _ends_in_probabilities(layer.layers[-1])
-    function = function_name(getattr(layer, "activation", None))
-    return isinstance(layer, keras.layers.Softmax) or function in ("softmax", "sigmoid")
 
 
 def training_batches(dataset: Dataset, batch_size: int, augment: Augment | None, seed: int) -> tf.data.Dataset:
@@ -178,16 +155,32 @@ def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers
     common: dict[str, Any] = {"global_clipnorm": settings.clip_norm}
     if settings.weight_ema is not None:
         common |= {"use_ema": True, "ema_momentum": settings.weight_ema}
-    decay_rate = settings.weight_decay or None
     if settings.optimizer == "sgd":
-        optimizer = keras.optimizers.SGD(rate, momentum=0.9, weight_decay=decay_rate, **common)
-    elif settings.optimizer == "adamw":
-        optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, **common)
-    else:
-        optimizer = keras.optimizers.Adam(rate, weight_decay=decay_rate, **common)
+        common["momentum"] = 0.9
+    # AdamW's own default decays.
+    decay_rate = settings.weight_decay if settings.optimizer == "adamw" else settings.weight_decay or None
+    optimizer = OPTIMIZERS[settings.optimizer](rate, weight_decay=decay_rate, **common)
+    if isinstance(settings, QatTraining) and settings.range_learning_rate != 1.0:
+        _scale_rate_of_ranges(optimizer, settings.range_learning_rate)
     if decay_rate:  # a range that decays would saturate more and more
-        optimizer.exclude_from_weight_decay(var_names=["range_shift", "weight_ratio"])
+        optimizer.exclude_from_weight_decay(var_names=list(RANGES))
     return optimizer
+
+
+OPTIMIZERS = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW, "sgd": keras.optimizers.SGD}
+RANGES = ("range_shift", "weight_ratio")  # names of trained ends of activation ranges, and of trained weight scales
+
+
+def _scale_rate_of_ranges(optimizer: keras.optimizers.Optimizer, factor: float) -> None:
+    """Makes an optimizer's learning rate `factor` times as large for trained ranges."""
+    plain = optimizer.update_step
+
+    def update_step(gradient, variable, learning_rate):
+        name = optimizer._trainable_variables[optimizer._get_variable_index(variable)].name
+        plain(gradient, variable, learning_rate * (factor if name in RANGES else 1.0))
+
+    # On the instance: a model file names its optimizer's class, which has to be Keras's own.
+    optimizer.update_step = update_step
 
 
 # ------------------------------------------------------------------ callbacks
@@ -320,6 +313,15 @@ def reestimate_batch_norm(model: QuantizedModel, batches) -> None:
         freeze(model, observers=False, batch_norm=False)
 
 
+def _floats(model: keras.Model) -> list:
+    """Weights, ranges and statistics."""
+    return [v for v in model.variables if keras.backend.is_float_dtype(v.dtype)]
+
+
+def _is_finite(variable):
+    return tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable)))
+
+
 class _Recorder(keras.callbacks.Callback):
     """Records epochs, keeps the best weights, and stops when a loss or a weight is not finite."""
 
@@ -331,36 +333,41 @@ class _Recorder(keras.callbacks.Callback):
         # The weights before training stay unless an epoch does as well.
         self._best = (initial_accuracy, 0, self._last_finite) if keep_best else None
         self._started = 0.0
+        self._all_finite = tf.function(self._check, autograph=False)
+
+    def _check(self):
+        return tf.reduce_all([_is_finite(variable) for variable in _floats(self.watched)])
 
     def on_epoch_begin(self, epoch, logs=None):
         self._started = time.perf_counter()
 
     def on_train_batch_end(self, batch, logs=None):
+        where = f"at step {batch + 1} of"
         if not math.isfinite(logs["loss"]):
-            self._stop(f"The loss of '{self.watched.name}' became {logs['loss']} at step {batch + 1} of")
+            self.stop(f"The loss of '{self.watched.name}' became {logs['loss']} {where}")
+        # Fake quantization saturates, so that a loss can stay finite where gradients, hence weights, are not.
+        if not self._all_finite():
+            self.stop(f"Weights or ranges of '{self.watched.name}' became NaN or infinite {where}")
 
     def on_epoch_end(self, epoch, logs=None):
-        weights = self.watched.get_weights()
-        if not all(np.isfinite(array).all() for array in weights):
-            self._stop(f"Weights of '{self.watched.name}' became NaN or infinite in")
-        self._last_finite = weights
+        self._last_finite = self.watched.get_weights()
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
         # A later epoch wins a tie: it has trained longer on the frozen grid.
         if self._best and row["val_accuracy"] >= self._best[0]:
-            self._best = (row["val_accuracy"], epoch + 1, weights)
+            self._best = (row["val_accuracy"], epoch + 1, self._last_finite)
 
-    def _stop(self, what: str) -> NoReturn:
+    def stop(self, what: str, cause: Exception | None = None) -> NoReturn:
         """Puts the weights of the last good epoch back and ends the training."""
-        broken = [v.path for v in self.watched.weights if not np.isfinite(ops.convert_to_numpy(v)).all()]
+        broken = [v.path for v in _floats(self.watched) if not _is_finite(v)]
         where = f" Not finite: {', '.join(broken[:3])}{', ...' if len(broken) > 3 else ''}." if broken else ""
         rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.watched.set_weights(self._last_finite)
         raise TrainingError(
             f"{what} epoch {len(self.epochs) + 1}, at learning rate {rate:.3g}.{where} The model has the weights "
             "of the epoch before. Lower the learning rate, or look for NaN in the data."
-        )
+        ) from cause
 
     def keep(self) -> int | None:
         """Puts the best weights back; returns their epoch."""
@@ -368,51 +375,3 @@ class _Recorder(keras.callbacks.Callback):
             return None
         self.watched.set_weights(self._best[2])
         return self._best[1]
-
-
-# ------------------------------------------------------------------ distillation
-
-
-class Distillation(keras.Model):
-    """Trains a student on labels and on a teacher's softened outputs (Hinton et al. 2015).
-
-    loss = (1 - w) * loss(labels) + w * T**2 * KL(teacher || student at temperature T)
-    """
-
-    def __init__(self, student: keras.Model, teacher: keras.Model, weight: float, temperature: float):
-        super().__init__(name=f"distilled_{student.name}")
-        self.student = student
-        self.teacher = teacher
-        self.teacher.trainable = False
-        self.weight = weight
-        self.temperature = temperature
-        self.student_log_probabilities = _log_probabilities(student)
-        self.teacher_log_probabilities = _log_probabilities(teacher)
-
-    def call(self, inputs, training=None):
-        return self.student(inputs, training=training)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        if not training:
-            return loss
-        teacher = ops.log_softmax(
-            self.teacher_log_probabilities(self.teacher(x, training=False)) / self.temperature, axis=-1
-        )
-        student = ops.log_softmax(self.student_log_probabilities(y_pred) / self.temperature, axis=-1)
-        divergence = ops.mean(ops.sum(ops.exp(teacher) * (teacher - student), axis=-1))
-        return (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
-
-
-def _log_probabilities(model: keras.Model) -> Callable:
-    if gives_probabilities(model):
-        return lambda outputs: ops.log(ops.maximum(outputs, 1e-7))
-    return lambda outputs: ops.log_softmax(outputs, axis=-1)
-
-
-def _distilled(model: keras.Model, settings: Training, teacher: keras.Model | None) -> keras.Model:
-    if teacher is None or not isinstance(settings, QatTraining) or not settings.distillation:
-        return model
-    copy = keras.models.clone_model(teacher)
-    copy.set_weights(teacher.get_weights())
-    return Distillation(model, copy, settings.distillation, settings.temperature)

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat import kernels, kernels16, numerics
+from mobileqat.batch_norm import batch_normalize
 from mobileqat.fakequant import (
     FakeQuantize,
     fake_quantize_weights,
@@ -144,7 +145,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """`float_call` without the fused ReLU."""
         x = self._call_layer(inputs, training, self.weight_spec if quantized else None)
         if self.batch_norm is not None:
-            x = self.batch_norm(x, training=bool(training) and not self.batch_norm_frozen)
+            x = batch_normalize(self.batch_norm, x, bool(training) and not self.batch_norm_frozen)
         return x
 
     def _call_layer(self, inputs, training, spec: QuantSpec | None):

@@ -30,10 +30,21 @@ MAY_IMPORT = {
     "lowering": {"errors", "formulas", "graph", "lower_int16", "lower_layers", "lower_operators", "lowerer", "rules"},
     "plan": {"errors", "graph", "rules", "schemes"},
     "fakequant": {"numerics", "schemes"},
+    "batch_norm": set(),
     "fixed_point": set(),
     "kernels": {"fakequant", "fixed_point", "primitives"},
     "kernels16": {"fakequant", "fixed_point", "kernels"},
-    "wrappers": {"fakequant", "fixed_point", "kernels", "kernels16", "numerics", "plan", "rules", "schemes"},
+    "wrappers": {
+        "batch_norm",
+        "fakequant",
+        "fixed_point",
+        "kernels",
+        "kernels16",
+        "numerics",
+        "plan",
+        "rules",
+        "schemes",
+    },
     "quantize": {"errors", "fakequant", "graph", "lowering", "plan", "rules", "schemes", "wrappers"},
     "flatbuffer": {"errors"},
     "runtime": {"errors", "flatbuffer", "numerics"},
@@ -85,7 +96,7 @@ def test_only_lowering_knows_how_layers_are_lowered():
     assert importers <= {"lowering", *parts}
 
 
-CORE = ["quantize", "calibrate", "convert", "parity", "train"]
+CORE = ["quantize", "calibrate", "convert", "parity", "distillation", "train"]
 CORE += ["layerwise", "equalize", "bias_correction", "adaround", "analyze", "search"]
 
 

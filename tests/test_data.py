@@ -183,6 +183,15 @@ def test_calibration_takes_all_of_train_and_nothing_else():
     assert {sample.tobytes() for sample in samples} == {sample.tobytes() for sample in dataset.train.x}
 
 
+@pytest.mark.parametrize("count, missing", [(2, 1), (3, 0), (113, 0)])
+def test_classes_without_a_calibration_sample(count, missing):
+    dataset = imbalanced_dataset()
+    drawn = set(dataset.train.y[data.calibration_samples(dataset, count, seed=0).astype(int).ravel()])
+    absent = [name for index, name in enumerate(dataset.class_names) if index not in drawn]
+    assert data.classes_not_calibrated(dataset, count, seed=0) == absent
+    assert len(absent) == missing
+
+
 def test_calibration_needs_a_sample():
     with pytest.raises(DataError, match="Received: count=0"):
         data.calibration_samples(imbalanced_dataset(), 0, seed=0)

@@ -26,6 +26,7 @@ from mobileqat.errors import (
     UnsupportedModelError,
 )
 from mobileqat.models import load_model
+from mobileqat.quantize import strip
 from mobileqat.recipe import load_recipe, parse_recipe
 
 SMALL = (
@@ -46,9 +47,13 @@ class Recorder:
     def __init__(self, interrupt: tuple[str, int] | None = None):
         self.interrupt = interrupt
         self.ended: dict[str, str] = {}
+        self.said: list[str] = []
 
     def step(self, name):
         pass
+
+    def say(self, text):
+        self.said.append(text)
 
     def done(self, name, status, seconds, message):
         self.ended[name] = status
@@ -323,6 +328,17 @@ def dense_model(input_shape, classes):
     return keras.Sequential([keras.Input(input_shape), layers.Flatten(), layers.Dense(classes, activation="softmax")])
 
 
+def normalized(input_shape, classes):
+    """With BatchNormalization, and a channel without weights."""
+    image = keras.Input(input_shape)
+    x = keras.layers.Conv2D(4, 3, name="conv")(image)
+    x = keras.layers.ReLU()(keras.layers.BatchNormalization()(x))
+    model = keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(x)))
+    kernel = model.get_layer("conv").kernel
+    kernel.assign(kernel.numpy() * np.array([1, 1, 0, 1], np.float32))
+    return model
+
+
 def no_model():
     return None
 
@@ -455,10 +471,40 @@ def test_a_range_that_never_moves_ends_before_qat(tmp_path):
 
 def test_training_that_diverges_is_a_failed_check(tmp_path):
     diverging = ("qat.learning_rate=3e38", "qat.optimizer=sgd", "qat.batch_size=64")
-    with pytest.raises(TrainingError, match="became nan at step"):
+    with pytest.raises(TrainingError, match="became (nan|NaN or infinite) at step"):
         pipeline.train(tiny(*diverging), tmp_path / "run")
     kept = {path.name for path in (tmp_path / "run" / "models").iterdir()}
-    assert kept == {"float.keras", "ptq.keras"}
+    assert kept == {"float.keras", "ptq.keras", "qat_last_good.keras"}
+    last_good, ptq = (load_model(tmp_path / "run" / "models" / f"{name}.keras") for name in ("qat_last_good", "ptq"))
+    for kept_weight, weight in zip(last_good.get_weights(), ptq.get_weights(), strict=True):
+        np.testing.assert_array_equal(kept_weight, weight)
+
+
+def test_qat_from_scratch_starts_where_float_training_starts(tmp_path):
+    settings = ("float.epochs=3", "float.learning_rate=0.01", "qat.from_scratch=true", "qat.epochs=0")
+    results = pipeline.train(tiny(*settings), tmp_path / "run")
+    initial, trained = (load_model(tmp_path / "run" / "models" / f"{name}.keras") for name in ("initial", "float"))
+    quantized = load_model(tmp_path / "run" / "models" / "qat.keras")
+    for own, start, end in zip(strip(quantized).weights, initial.weights, trained.weights, strict=True):
+        np.testing.assert_array_equal(own, start)
+        assert not np.array_equal(own, end)
+    accuracies = {name: row["accuracy"]["interpreter"] for name, row in results["variants"].items()}
+    assert accuracies["qat"] < accuracies["ptq"] - 0.2
+
+
+def test_classes_that_calibration_never_sees_are_named(tmp_path):
+    display = Recorder()
+    pipeline.train(tiny("data.calibration_samples=3", "qat.enabled=false"), tmp_path / "run", display=display)
+    (line,) = [line for line in display.said if "Calibration" in line]
+    assert re.match(r"Calibration sees no sample of (\d, ){6}\d: ", line)
+
+
+def test_one_calibration_sample_and_batches_of_one(tmp_path):
+    settings = ("data.calibration_samples=1", "qat.batch_size=1", "model.name=test_pipeline:normalized")
+    results = pipeline.train(tiny(*settings), tmp_path / "run")
+    for variant in ("ptq", "qat"):
+        assert results["variants"][variant]["parity"]["passed"]
+    assert np.isfinite(results["training"]["qat"]["epochs"][0]["loss"])
 
 
 def test_a_disk_that_fills_up_leaves_what_came_before(tmp_path, monkeypatch):
@@ -555,6 +601,12 @@ def test_recipe_digits(tmp_path):
 
 
 @pytest.mark.slow
+def test_recipe_digits_from_scratch(tmp_path):
+    numbers = run_recipe("digits_dscnn_scratch_w4a8", tmp_path / "run")
+    assert numbers["qat"] >= numbers["float"] - 0.02
+
+
+@pytest.mark.slow
 @needs_data
 def test_recipe_cifar10(tmp_path):
     numbers = run_recipe("cifar10_resnet8_w8a8", tmp_path / "run")
@@ -568,6 +620,5 @@ def test_recipe_cifar10(tmp_path):
 @needs_data
 def test_recipe_fashion_mnist(tmp_path):
     numbers = run_recipe("fashion_mnist_mobilenetv1_w8a8", tmp_path / "run")
-    # Measured: float 86.69 %, PTQ and QAT 86.70 %.
-    assert numbers["float"] >= 0.86
+    assert numbers["float"] >= 0.90
     assert numbers["qat"] >= numbers["float"] - 0.01

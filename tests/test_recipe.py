@@ -27,7 +27,13 @@ from mobileqat.recipe import (
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHIPPED = [
-    *("cifar10_mobilenetv3_w8a8", "cifar10_resnet8_w8a8", "digits_dscnn_w8a8", "fashion_mnist_mobilenetv1_w8a8"),
+    *(
+        "cifar10_mobilenetv3_w8a8",
+        "cifar10_resnet8_w8a8",
+        "digits_dscnn_scratch_w4a8",
+        "digits_dscnn_w8a8",
+        "fashion_mnist_mobilenetv1_w8a8",
+    ),
     *("fsdd_dscnn_w8a8", "kws01_dscnn_w8a8", "trashnet_mobilenetv2_w8a8"),
 ]
 SECTIONS = (
@@ -496,7 +502,7 @@ def test_a_model_may_be_its_file_alone() -> None:
     [
         ("quantize.calibration=mse", "quantize.calibration", "'mse'"),
         ("quantize.input_range=null", "quantize.input_range", "null"),
-        ("qat.distillation=0.5", "qat.distillation", "0.5"),
+        ("qat.distillation=0.25", "qat.distillation", "0.25"),
         ("qat.ema_decay=0.9", "qat.ema_decay", "0.9"),
         ("qat.freeze_observers_after=1", "qat.freeze_observers_after", "1.0"),
         ("parity.max_lsb=2", "parity.max_lsb", "2"),

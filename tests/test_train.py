@@ -6,24 +6,24 @@ import itertools
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from contract import sequential
 from keras import layers as L
 from sklearn.datasets import load_digits
 
-from mobileqat.calibrate import calibrate
+from mobileqat.calibrate import calibrate, float_activations
 from mobileqat.convert import convert
 from mobileqat.data import build_dataset
-from mobileqat.errors import CalibrationError, TrainingError
+from mobileqat.distillation import Distillation, distilled, gives_probabilities
+from mobileqat.errors import CalibrationError, ModelError, TrainingError
 from mobileqat.fakequant import quantize_weights
 from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
 from mobileqat.train import (
-    Distillation,
     OscillationFreeze,
     fit,
     freeze,
-    gives_probabilities,
     make_optimizer,
     reestimate_batch_norm,
     training_batches,
@@ -194,11 +194,64 @@ def test_distillation_from_itself_has_no_divergence(dataset):
     model = float_model()
     same = keras.models.clone_model(model)
     same.set_weights(model.get_weights())
-    distilled = Distillation(model, same, weight=1.0, temperature=3.0)
-    distilled.compile(loss="categorical_crossentropy")
+    trained = Distillation(model, same, weight=1.0, temperature=3.0)
+    trained.compile(loss="categorical_crossentropy")
     x, y = dataset.train.x[:8], np.eye(4, dtype=np.float32)[dataset.train.y[:8]]
-    loss = distilled.compute_loss(x, y, model(x), None, True)
+    loss = trained.compute_loss(x, y, model(x), None, True)
     np.testing.assert_allclose(loss, 0, atol=1e-5)
+
+
+def feature_error(quantized, teacher, x, index=1):
+    """Mean squared error of one tensor against the float model's, in units of that one's variance."""
+    twin = quantize_model(teacher)
+    wanted = float_activations(twin, [tf.constant(x)])[twin.plan.operators[index].output].numpy()
+    probe = keras.Model(quantized.input, quantized.operators[quantized.plan.operators[index].name].output)
+    return np.mean((probe(x).numpy() - wanted) ** 2) / np.var(wanted)
+
+
+def test_features_follow_the_teacher(dataset):
+    """The chosen layer comes nearer to the float model's, which labels alone drive away from it."""
+    teacher = float_model()
+    quantized = quantized_model(dataset)
+    settings = {"epochs": 2, "learning_rate": 0.01, "batch_size": 16, "distillation": 0.0, "keep_best": False}
+    fit(quantized, dataset, QatTraining(**settings), teacher=teacher)
+    apart = feature_error(quantized, teacher, dataset.validation.x)
+    fit(quantized, dataset, QatTraining(**settings, distillation_features=("conv*",)), teacher=teacher)
+    assert feature_error(quantized, teacher, dataset.validation.x) < 0.5 * apart
+
+
+def test_features_are_named_by_any_of_their_layers(dataset):
+    quantized = quantized_model(dataset)
+    convolution = next(op for op in quantized.plan.operators if op.kind == "CONV_2D")
+    assert len(convolution.nodes) == 3
+    for path in convolution.nodes:
+        trained = distilled(quantized, float_model(), QatTraining(distillation_features=(path,)))
+        assert list(trained.features) == [convolution.output]
+    with pytest.raises(ModelError, match=r"matches 'pool' of qat.distillation_features. There are: .*dense"):
+        distilled(quantized, float_model(), QatTraining(distillation_features=("pool",)))
+
+
+def test_no_distillation_leaves_the_model_alone(dataset):
+    quantized = quantized_model(dataset)
+    assert distilled(quantized, float_model(), QatTraining(distillation=0.0)) is quantized
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_learning_rate_of_ranges(dataset, optimizer):
+    """Ranges move `range_learning_rate` times as far in a step, weights as before."""
+    moved = []
+    for factor in (1.0, 0.25):
+        settings = QatTraining(learning_rate=1e-3, range_learning_rate=factor, optimizer=optimizer)
+        model = quantized_model(dataset, weight_range="learned", learn_activation_ranges=True)
+        before = {v.path.partition("/")[2]: v.numpy() for v in model.trainable_variables}
+        model.compile(make_optimizer(settings, 10), "categorical_crossentropy")
+        model.train_on_batch(dataset.train.x[:32], np.eye(4)[dataset.train.y[:32]])
+        after = {v.path.partition("/")[2]: v.numpy() for v in model.trainable_variables}
+        moved.append({path: after[path] - before[path] for path in before})
+    for path, change in moved[0].items():
+        share = 0.25 if path.endswith("range_shift") else 1.0
+        if not path.endswith("weight_ratio"):  # kept at 1 and below
+            np.testing.assert_allclose(moved[1][path], share * change, rtol=0.02, atol=1e-7, err_msg=path)
 
 
 class Break(keras.callbacks.Callback):
@@ -442,6 +495,6 @@ def test_what_is_not_finite_is_named(dataset):
             kernel.assign(kernel * np.float32("nan"))
 
     before = quantized.get_weights()
-    with pytest.raises(TrainingError, match=r"became nan at step 2 of epoch 1.* Not finite: .*kernel"):
+    with pytest.raises(TrainingError, match=r"became (nan|NaN).* at step 2 of epoch 1.* Not finite: .*kernel"):
         fit(quantized, dataset, QatTraining(epochs=1, batch_size=32), callbacks=[Break()])
     assert all(np.array_equal(a, b) for a, b in zip(quantized.get_weights(), before, strict=True))

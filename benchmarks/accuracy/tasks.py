@@ -55,32 +55,32 @@ TASKS = {
         "ResNet8 (MLPerf Tiny's weights), CIFAR-10",
         "cifar10_resnet8_w8a8",
         ("conv2d", "dense"),
-        w4={"qat.learning_rate": 1e-4},
+        w4={"qat.learning_rate": 3e-4, "qat.epochs": 4},
     ),
     "mobilenetv1": Task(
         "MobileNetV1-0.25, Fashion-MNIST",
         "fashion_mnist_mobilenetv1_w8a8",
         ("conv", "classes"),
         {"qat.epochs": 2},
-        w4={"qat.learning_rate": 1e-3},
+        w4={"qat.learning_rate": 1e-3, "qat.epochs": 6},
     ),
     "mobilenetv3": Task(
         "MobileNetV3-Small-0.5, CIFAR-10",
         "cifar10_mobilenetv3_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3},
+        w4={"qat.learning_rate": 1e-3, "qat.epochs": 8},
     ),
     "fsdd": Task(
         "DS-CNN, spoken digits (FSDD, official split)",
         "fsdd_dscnn_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3},
+        w4={"qat.learning_rate": 1e-3, "qat.epochs": 16},
     ),
     "trashnet": Task(
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
         "trashnet_mobilenetv2_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3},
+        w4={"qat.learning_rate": 1e-3, "qat.epochs": 16},
         tfmot_batch=16,
     ),
     "kws": Task(
@@ -111,6 +111,7 @@ QUICK: Overrides = {
     "data.calibration_samples": 32,
 }
 QUICK_SAMPLES = 200  # of each split
+FLOAT_SECTIONS = ("seed", "data", "model", "float", "evaluate")  # what a float model depends on
 # After so many steps, 78 % of a TFMOT range's way from +-6 is done (decay 0.999).
 TFMOT_STEPS = 1500
 
@@ -200,6 +201,8 @@ def fingerprint(cell: Cell, quick: bool) -> str:
     recipe = recipe_of(cell, quick).model_dump(mode="json", exclude_defaults=True)
     # Defaults are left out, so that a new key of the schema makes nothing old; and where files are does not matter.
     recipe["model"]["weights"] = Path(recipe["model"].get("weights") or "").name
+    if cell.what == "float":
+        recipe = {key: recipe[key] for key in FLOAT_SECTIONS if key in recipe}
     facts: dict[str, Any] = {"what": cell.what, "recipe": recipe}
     if cell.what == "tfmot":
         facts["tfmot"] = [TASKS[cell.task].tfmot_batch, TFMOT_STEPS]

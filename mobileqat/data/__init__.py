@@ -17,11 +17,19 @@ from mobileqat.data.folder import load_image_folder
 from mobileqat.data.function import check_arguments, load_function
 from mobileqat.data.npz import load_npz
 from mobileqat.data.speech import load_fsdd, load_kws01
-from mobileqat.data.split import calibration_samples
+from mobileqat.data.split import calibration_samples, classes_not_calibrated
 from mobileqat.data.trashnet import load_trashnet
 from mobileqat.errors import DataError
 
-__all__ = ["Dataset", "Split", "augment_images", "calibration_samples", "load_dataset", "sources"]
+__all__ = [
+    "Dataset",
+    "Split",
+    "augment_images",
+    "calibration_samples",
+    "classes_not_calibrated",
+    "load_dataset",
+    "sources",
+]
 
 
 class Source(NamedTuple):

@@ -86,8 +86,18 @@ def calibration_samples(dataset: Dataset, count: int, seed: int) -> np.ndarray:
     Raises:
         DataError: `count` is below 1.
     """
+    return dataset.train.x[_calibration_draw(dataset, count, seed)]
+
+
+def _calibration_draw(dataset: Dataset, count: int, seed: int) -> np.ndarray:
     if count < 1:
         raise DataError(f"calibration needs at least one sample. Received: count={count}")
     order, rank = shuffled_ranks(dataset.train.y, seed)
     # Stable: samples of one rank stay shuffled, so no class is favoured when `count` cuts through a rank.
-    return dataset.train.x[order[np.argsort(rank, kind="stable")[:count]]]
+    return order[np.argsort(rank, kind="stable")[:count]]
+
+
+def classes_not_calibrated(dataset: Dataset, count: int, seed: int) -> list[str]:
+    """Names of the classes of which `calibration_samples` draws no sample."""
+    seen = set(dataset.train.y[_calibration_draw(dataset, count, seed)].tolist())
+    return [name for index, name in enumerate(dataset.class_names) if index not in seen]
