@@ -471,7 +471,7 @@ def test_a_range_that_never_moves_ends_before_qat(tmp_path):
 
 def test_training_that_diverges_is_a_failed_check(tmp_path):
     diverging = ("qat.learning_rate=3e38", "qat.optimizer=sgd", "qat.batch_size=64")
-    with pytest.raises(TrainingError, match="became (nan|NaN or infinite) at step"):
+    with pytest.raises(TrainingError, match=r"became (nan|NaN or infinite) at step"):
         pipeline.train(tiny(*diverging), tmp_path / "run")
     kept = {path.name for path in (tmp_path / "run" / "models").iterdir()}
     assert kept == {"float.keras", "ptq.keras", "qat_last_good.keras"}
