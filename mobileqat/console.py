@@ -10,7 +10,7 @@ from pathlib import Path
 
 import keras
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from mobileqat.errors import MobileQatError
 
@@ -91,10 +91,15 @@ class _TrainingProgress(keras.callbacks.Callback):
         self.progress = progress
         self.name = name
         self.epochs = epochs
+        self.task: TaskID | None = None
 
     def on_train_begin(self, logs=None):
-        self.task = self.progress.add_task(self.name, total=self.epochs * self.params["steps"])
-        self.progress.start()
+        if self.task is None:  # a resumed training begins twice: with the rest of an epoch, and with whole ones
+            self.task = self.progress.add_task(self.name, total=self.epochs * self.params["steps"])
+            self.progress.start()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.progress.update(self.task, completed=epoch * self.params["steps"])
 
     def on_train_batch_end(self, batch, logs=None):
         self.progress.advance(self.task)

@@ -21,6 +21,7 @@ from typing import Any, Protocol, get_args
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from mobileqat import flatbuffer, models, parity, report
 from mobileqat.adaround import Rounding, adaround
@@ -205,6 +206,7 @@ def _float(run: Run) -> dict:
         seed=recipe.seed,
         callbacks=run.training_callbacks("float", recipe.float.epochs),
         log_dir=run.directory.path / "tensorboard" / "float",
+        storage=run.directory.checkpoint("float"),
     )
     models.check_finite_weights(model)
     run.keep_model("float", model)
@@ -313,8 +315,10 @@ def _qat(run: Run) -> dict | None:
             teacher=run.model("float"),
             callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
             log_dir=run.directory.path / "tensorboard" / "qat",
+            storage=run.directory.checkpoint("qat"),
         )
     except TrainingError as error:
+        run.directory.checkpoint("qat").delete()  # it leads where this one did
         path = run.directory.write("models/qat_last_good.keras", model.save)
         raise TrainingError(f"{error} It is kept in '{path}'.") from error
     run.keep_model("qat", model)
@@ -492,6 +496,8 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
         MobileQatError: a step could not be carried out; what came before it is kept for `resume`.
     """
     run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display)
+    if recipe.deterministic:
+        tf.config.experimental.enable_op_determinism()
     try:
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
         for name, step in ENGINES[recipe.engine].items():
@@ -513,6 +519,8 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     # Kept only if every step before it was: a step done anew may have other results.
     is_kept = all(step["status"] == "resumed" for step in run.steps)
     finished = run.directory.result(name) if is_kept else None
+    if finished is not None or not is_kept:
+        run.directory.checkpoint(name).delete()  # of a step that has ended, or that followed others
     if run.display:
         run.display.step(name)
     if finished is not None:

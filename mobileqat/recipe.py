@@ -373,6 +373,10 @@ class Recipe(Section):
     name: Name = Field(description="the recipe's name: letters, digits, '_', '-' and '.'")
     description: Line = Field(description="one line for the list of recipes")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of every random generator")
+    deterministic: bool = Field(
+        default=False,
+        description="use only operators that give the same bits in every run on one machine; some are slower",
+    )
     engine: Engine = Field(
         default="native",
         description="native: Keras 3 models; tfmot: tf_keras models, quantized by TensorFlow Model Optimization",

@@ -2,6 +2,7 @@
 
 recipe.yaml  environment.json  run.log  report.json  report.html
 float.tflite  ptq.tflite  qat.tflite          what to ship
+checkpoints/*.npz                             where a training that was interrupted goes on
 models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot
 steps/*.json                                  the result of each finished step
 outputs/*.npz                                 what every variant answered on the test set
@@ -14,14 +15,22 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+import socket
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mobileqat.errors import RunDirectoryError
 
+if TYPE_CHECKING:
+    import numpy as np
+
 UNFINISHED = ".unfinished-"
+FOLDERS = ("models", "steps", "outputs", "checkpoints")
 
 
 class RunDirectory:
@@ -53,28 +62,34 @@ class RunDirectory:
                 raise
 
     def _prepare(self, recipe: str, resume: bool) -> None:
-        if any((self.path / "models").glob("[!.]*")):
+        if any(any((self.path / folder).glob("[!.]*")) for folder in ("models", "checkpoints")):
             self._check_recipe(recipe, resume)
         else:
             # A run that ended before it had any model, by a wrong path say, does not block its directory.
             for record in (self.path / "steps").glob("*.json"):
                 record.unlink()
-        for folder in ("models", "steps", "outputs"):
+        for folder in FOLDERS:
             (self.path / folder).mkdir(exist_ok=True)
-        for folder in (".", "models", "steps", "outputs"):
+        for folder in (".", *FOLDERS):
             for unfinished in (self.path / folder).glob(f"{UNFINISHED}*"):
                 unfinished.unlink()  # of a process that was killed: the lock says that nobody writes here
         self.write_text("recipe.yaml", recipe)
 
     def _take_lock(self):
-        lock = open(self.path / ".lock", "a")  # noqa: SIM115 - held until the process ends
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another run"
             lock.close()
             raise RunDirectoryError(
-                f"'{self.path}' is in use by another run. Wait for it, or choose another --out."
+                f"'{self.path}' is in use by {holder}. Wait for it, or choose another --out."
             ) from None
+        lock.truncate(0)
+        started = time.strftime("%Y-%m-%d %H:%M:%S")
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
+        lock.flush()
         return lock
 
     def _check_recipe(self, recipe: str, resume: bool) -> None:
@@ -106,6 +121,13 @@ class RunDirectory:
         """Records a step as finished, with the files written since the one before; `--resume` skips it from now on."""
         self.write_json(f"steps/{step}.json", {"result": result, "files": self._files})
         self._files = []
+        self.checkpoint(step).delete()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def checkpoint(self, step: str) -> Checkpoint:
+        """Where the training of a step keeps its state."""
+        return Checkpoint(self, f"checkpoints/{step}.npz")
 
     # ------------------------------------------------------------------ artefacts
 
@@ -123,6 +145,41 @@ class RunDirectory:
         path = write_whole(self.path / name, writer)
         self._files.append(name)
         return path
+
+
+class Checkpoint:
+    """One file of arrays in a run directory, replaced whole; `mobileqat.checkpoint` says what is in it."""
+
+    def __init__(self, directory: RunDirectory, name: str):
+        self.path = directory.path / name
+
+    def read(self) -> dict[str, np.ndarray] | None:
+        """The arrays, None where there is no checkpoint.
+
+        Raises:
+            RunDirectoryError: a damaged file.
+        """
+        import numpy as np
+
+        if not self.path.is_file():
+            return None
+        try:
+            with zipfile.ZipFile(self.path):  # first, since np.load leaves a file open that it cannot read
+                pass
+            with np.load(self.path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise RunDirectoryError(
+                f"The checkpoint '{self.path}' is damaged: {error}. Delete it to train this step from its start."
+            ) from error
+
+    def delete(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def write(self, arrays: Mapping[str, np.ndarray]) -> None:
+        import numpy as np
+
+        write_whole(self.path, lambda path: np.savez(path, allow_pickle=False, **arrays))
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:

@@ -18,7 +18,9 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from mobileqat.data import Dataset, augment_images
+from mobileqat.batches import TrainingBatches, validation_batches
+from mobileqat.checkpoint import Checkpoint, Memory, Storage
+from mobileqat.data import Dataset
 from mobileqat.distillation import distilled, gives_probabilities
 from mobileqat.errors import TrainingError
 from mobileqat.fakequant import quantize_weights
@@ -52,6 +54,7 @@ def fit(
     teacher: keras.Model | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
     log_dir: Path | None = None,
+    storage: Storage | None = None,
 ) -> History:
     """Trains a classifier in place.
 
@@ -64,19 +67,19 @@ def fit(
         teacher: the float model, for distillation.
         callbacks: further Keras callbacks, such as a progress display.
         log_dir: where TensorBoard events go.
+        storage: where checkpoints are kept; training goes on from the one that is there.
 
     Raises:
-        TrainingError: the loss became NaN or infinite; the model keeps the last finite weights.
+        TrainingError: the loss, a weight or a range became NaN or infinite; the model keeps the last finite weights.
     """
     keras.utils.set_random_seed(seed)
-    train = training_batches(dataset, settings.batch_size, augment, seed)
-    validation = _batches(dataset.validation.x, _one_hot(dataset, dataset.validation.y), 256)
-    steps = len(train)
+    train = TrainingBatches(dataset, settings.batch_size, augment, seed)
+    validation = validation_batches(dataset)
     trained = model
     if teacher is not None and isinstance(settings, QatTraining):
         trained = distilled(model, teacher, settings)
     trained.compile(
-        optimizer=make_optimizer(settings, steps),
+        optimizer=make_optimizer(settings, train.steps),
         loss=keras.losses.CategoricalCrossentropy(
             from_logits=not gives_probabilities(model), label_smoothing=settings.label_smoothing
         ),
@@ -84,27 +87,39 @@ def fit(
     )
     # Here, since variables made while a step is traced take longer than the rest of the tracing.
     trained.optimizer.build(trained.trainable_variables)
-    initial = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
-    recorder = _Recorder(model, initial, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
-    all_callbacks = [recorder, *callbacks]
+    recorder = _Recorder(model, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
+    all_callbacks: list[Any] = [recorder, *callbacks]
+    memories: dict[str, Memory] = {"recorder": recorder}
     if settings.weight_ema is not None:
-        # Before the recorder, so that what is validated is what is kept.
-        all_callbacks.insert(0, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+        memories["averages"] = AveragedWeights(model, settings.weight_ema)
+        all_callbacks.insert(0, memories["averages"])
     if isinstance(settings, QatTraining):
         all_callbacks.insert(0, Schedule(model, settings))
         if settings.freeze_oscillations:
-            all_callbacks.insert(0, OscillationFreeze(model, settings.freeze_oscillations))
+            memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
+            all_callbacks.insert(0, memories["oscillations"])
     if log_dir is not None:
         all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
+    checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories)
+    goes_on = checkpoint.restore(trained.optimizer)
+    # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.
+    initial = trained.evaluate(validation.take(1) if goes_on else validation, verbose=0, return_dict=True)
+    if not goes_on:
+        recorder.begin(initial["accuracy"])
+    all_callbacks.append(checkpoint)
+    callback_list = keras.callbacks.CallbackList(
+        all_callbacks, add_history=True, model=trained, epochs=settings.epochs, steps=train.steps
+    )
     try:
-        if settings.epochs:
+        for first, end, step in checkpoint.stretches(settings.epochs):
             trained.fit(
-                train,
-                epochs=settings.epochs,
+                train.from_step(step),
+                initial_epoch=first,
+                epochs=end,
                 validation_data=validation,
                 shuffle=False,
                 verbose=0,
-                callbacks=all_callbacks,
+                callbacks=callback_list,
             )
     except tf.errors.InvalidArgumentError as error:
         if "is not in [0, " not in str(error):
@@ -117,25 +132,20 @@ def fit(
             _train_with(model)
     best = recorder.keep()
     if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
-        _reestimate(model, trained, train.take(settings.reestimate_batch_norm), validation, settings.keep_best)
-    return History(recorder.epochs, initial, best)
+        train.epoch.assign(0)
+        batches = train.from_step().take(settings.reestimate_batch_norm)
+        _reestimate(model, trained, batches, validation, settings.keep_best)
+    return History(recorder.epochs, recorder.initial_accuracy, best)
 
 
-def training_batches(dataset: Dataset, batch_size: int, augment: Augment | None, seed: int) -> tf.data.Dataset:
-    """Shuffled, augmented batches (x float32, y one-hot float32) of the train split, the same for the same seed."""
-    x, y = dataset.train.x, _one_hot(dataset, dataset.train.y)
-    batches = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x), seed=seed).batch(batch_size)
-    if augment is not None and (augment.flip or augment.shift or augment.cutout):
-        batches = augment_images(batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seed)
-    return batches.prefetch(tf.data.AUTOTUNE)
+class _Nowhere:
+    """Checkpoints that are not kept."""
 
+    def read(self) -> None:
+        return None
 
-def _batches(x, y, batch_size: int) -> tf.data.Dataset:
-    return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size).prefetch(tf.data.AUTOTUNE)
-
-
-def _one_hot(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
-    return np.eye(len(dataset.class_names), dtype=np.float32)[labels]
+    def write(self, arrays) -> None:
+        pass
 
 
 def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers.Optimizer:
@@ -153,8 +163,6 @@ def make_optimizer(settings: Training, steps_per_epoch: int) -> keras.optimizers
     elif warmup:
         rate = keras.optimizers.schedules.PolynomialDecay(0.0, warmup, end_learning_rate=settings.learning_rate)
     common: dict[str, Any] = {"global_clipnorm": settings.clip_norm}
-    if settings.weight_ema is not None:
-        common |= {"use_ema": True, "ema_momentum": settings.weight_ema}
     if settings.optimizer == "sgd":
         common["momentum"] = 0.9
     # AdamW's own default decays.
@@ -239,6 +247,46 @@ def _train_with(
     return changed
 
 
+class AveragedWeights(keras.callbacks.Callback):
+    """Moving averages of weights and trained ranges, which are validated and kept in their place.
+
+    Keras's own (`use_ema`, SwapEMAWeights) swaps by sums and differences, which rounds the weights in each epoch.
+    """
+
+    def __init__(self, watched: keras.Model, decay: float):
+        super().__init__()
+        self.variables = watched.trainable_variables
+        self.averages = [tf.Variable(variable, trainable=False) for variable in self.variables]
+        self.decay = decay
+        self._trained: list[np.ndarray] | None = None  # what training goes on with, while the averages are in the model
+        self._step = tf.function(self._follow, autograph=False)
+
+    def _follow(self) -> None:
+        for variable, average in zip(self.variables, self.averages, strict=True):
+            average.assign_add((1.0 - self.decay) * (tf.convert_to_tensor(variable) - average))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._step()
+
+    def on_test_begin(self, logs=None):
+        self._trained = [variable.numpy() for variable in self.variables]
+        for variable, average in zip(self.variables, self.averages, strict=True):
+            variable.assign(average)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if self._trained is not None:
+            for variable, value in zip(self.variables, self._trained, strict=True):
+                variable.assign(value)
+            self._trained = None
+
+    def state(self) -> tuple[dict, list[np.ndarray]]:
+        return {}, [average.numpy() for average in self.averages]
+
+    def set_state(self, values: dict, arrays) -> None:
+        for average, array in zip(self.averages, arrays, strict=True):
+            average.assign(array)
+
+
 class OscillationFreeze(keras.callbacks.Callback):
     """Freezes weights that flip between two integers, at the one they are at more often (Nagel et al. 2022).
 
@@ -252,12 +300,22 @@ class OscillationFreeze(keras.callbacks.Callback):
         super().__init__()
         self.wrappers = [w for w in quantized.operators.values() if w.weight_spec is not None and w.prologue is None]
         self.threshold = threshold
-        self.state = [self._start(wrapper) for wrapper in self.wrappers]
+        self.state_of_weights = [self._start(wrapper) for wrapper in self.wrappers]
         self._step = tf.function(self._all)
 
     def on_train_batch_end(self, batch, logs=None):
         if self.wrappers and self.wrappers[0].quantizing:
             self._step()
+
+    def _variables(self) -> list[tf.Variable]:
+        return [variable for state in self.state_of_weights for variable in state.values()]
+
+    def state(self) -> tuple[dict, list[np.ndarray]]:
+        return {}, [variable.numpy() for variable in self._variables()]
+
+    def set_state(self, values: dict, arrays) -> None:
+        for variable, array in zip(self._variables(), arrays, strict=True):
+            variable.assign(array)
 
     @staticmethod
     def _integers(wrapper: QuantizeWrapper):
@@ -271,7 +329,7 @@ class OscillationFreeze(keras.callbacks.Callback):
         return {name: tf.Variable(value, trainable=False) for name, value in start.items()}
 
     def _all(self) -> None:
-        for wrapper, state in zip(self.wrappers, self.state, strict=True):
+        for wrapper, state in zip(self.wrappers, self.state_of_weights, strict=True):
             integers, scales = self._integers(wrapper)
             moved = tf.sign(integers - state["last"])
             flipped = tf.cast(moved * state["direction"] < 0, tf.float32)
@@ -325,15 +383,34 @@ def _is_finite(variable):
 class _Recorder(keras.callbacks.Callback):
     """Records epochs, keeps the best weights, and stops when a loss or a weight is not finite."""
 
-    def __init__(self, watched: keras.Model, initial_accuracy: float, keep_best: bool):
+    def __init__(self, watched: keras.Model, keep_best: bool):
         super().__init__()
         self.watched = watched
+        self.keep_best = keep_best
         self.epochs: list[dict] = []
+        self.initial_accuracy = 0.0
         self._last_finite = watched.get_weights()
-        # The weights before training stay unless an epoch does as well.
-        self._best = (initial_accuracy, 0, self._last_finite) if keep_best else None
+        self._best_epoch, self._best_accuracy, self._best = 0, 0.0, self._last_finite
         self._started = 0.0
         self._all_finite = tf.function(self._check, autograph=False)
+
+    def begin(self, accuracy: float) -> None:
+        """Takes the weights before training as the best ones: they stay unless an epoch does as well."""
+        self.initial_accuracy = self._best_accuracy = accuracy
+
+    def state(self) -> tuple[dict, list[np.ndarray]]:
+        values = {
+            "epochs": self.epochs,
+            "initial_accuracy": self.initial_accuracy,
+            "best_epoch": self._best_epoch,
+            "best_accuracy": self._best_accuracy,
+        }
+        return values, [*self._last_finite, *self._best]
+
+    def set_state(self, values: dict, arrays) -> None:
+        self.epochs, self.initial_accuracy = values["epochs"], values["initial_accuracy"]
+        self._best_epoch, self._best_accuracy = values["best_epoch"], values["best_accuracy"]
+        self._last_finite, self._best = list(arrays[: len(arrays) // 2]), list(arrays[len(arrays) // 2 :])
 
     def _check(self):
         return tf.reduce_all([_is_finite(variable) for variable in _floats(self.watched)])
@@ -355,8 +432,8 @@ class _Recorder(keras.callbacks.Callback):
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
         # A later epoch wins a tie: it has trained longer on the frozen grid.
-        if self._best and row["val_accuracy"] >= self._best[0]:
-            self._best = (row["val_accuracy"], epoch + 1, self._last_finite)
+        if row["val_accuracy"] >= self._best_accuracy:
+            self._best_epoch, self._best_accuracy, self._best = epoch + 1, row["val_accuracy"], self._last_finite
 
     def stop(self, what: str, cause: Exception | None = None) -> NoReturn:
         """Puts the weights of the last good epoch back and ends the training."""
@@ -371,7 +448,7 @@ class _Recorder(keras.callbacks.Callback):
 
     def keep(self) -> int | None:
         """Puts the best weights back; returns their epoch."""
-        if self._best is None:
+        if not self.keep_best:
             return None
-        self.watched.set_weights(self._best[2])
-        return self._best[1]
+        self.watched.set_weights(self._best)
+        return self._best_epoch

@@ -699,7 +699,7 @@ def test_ctrl_c_and_a_second_run_at_once(project, number):
     with start(project, "--set", "model.args={wait: true}") as process:
         try:
             wait_for(project / "waiting", process)
-            assert "in use by another run" in error("train", "tiny.yaml", "--out", "out")
+            assert "in use by process " in error("train", "tiny.yaml", "--out", "out")
             process.send_signal(number)
             output, errors = process.communicate(timeout=60)
         finally:

@@ -1,10 +1,13 @@
 import errno
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mobileqat.errors import RunDirectoryError
@@ -210,9 +213,47 @@ def test_one_run_at_a_time(started):
     first = RunDirectory(started, RECIPE, resume=True)
     with pytest.raises(RunDirectoryError) as raised:
         RunDirectory(started, RECIPE, resume=True)
-    assert str(raised.value) == f"'{started}' is in use by another run. Wait for it, or choose another --out."
+    holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since [0-9: -]{{19}}"
+    expected = rf"'{re.escape(str(started))}' is in use by {holder}\. Wait for it, or choose another --out\."
+    assert re.fullmatch(expected, str(raised.value))
     first.close()
     RunDirectory(started, RECIPE, resume=True).close()
+
+
+def test_a_checkpoint_lasts_until_its_step_is_finished(run):
+    checkpoint = run.checkpoint("qat")
+    assert checkpoint.read() is None
+    checkpoint.write({"a": np.arange(3), "b": np.array("text")})
+    checkpoint.write({"a": np.arange(4)})
+    found = run.checkpoint("qat").read()
+    assert list(found) == ["a"]
+    np.testing.assert_array_equal(found["a"], np.arange(4))
+    run.finish("qat", None)
+    assert run.checkpoint("qat").read() is None
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-30], lambda content: b"", lambda content: b"x" * 100])
+def test_a_damaged_checkpoint_is_named(run, damage):
+    checkpoint = run.checkpoint("qat")
+    checkpoint.write({"a": np.arange(300)})
+    checkpoint.path.write_bytes(damage(checkpoint.path.read_bytes()))
+    with pytest.raises(
+        RunDirectoryError, match=r"qat\.npz' is damaged: .* Delete it to train this step from its start"
+    ):
+        checkpoint.read()
+
+
+def test_a_run_with_a_checkpoint_alone_does_not_start_over(tmp_path):
+    first = RunDirectory(tmp_path, RECIPE)
+    first.checkpoint("float").write({"a": np.arange(3)})
+    first.close()
+    with pytest.raises(RunDirectoryError, match="holds a run already"):
+        RunDirectory(tmp_path, RECIPE)
+    with pytest.raises(RunDirectoryError, match="recipe has changed"):
+        RunDirectory(tmp_path, RECIPE + "x: 1\n", resume=True)
+    again = RunDirectory(tmp_path, RECIPE, resume=True)
+    assert again.checkpoint("float").read() is not None
+    again.close()
 
 
 def test_a_directory_that_was_refused_is_not_locked(started):

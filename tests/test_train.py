@@ -26,7 +26,6 @@ from mobileqat.train import (
     freeze,
     make_optimizer,
     reestimate_batch_norm,
-    training_batches,
 )
 
 
@@ -354,17 +353,6 @@ def test_constant_rate_warms_up_too():
     assert callable(rate) and float(rate(0)) < 1e-4 and abs(float(rate(20)) - 1e-3) < 1e-9
 
 
-def test_training_batches(dataset):
-    x, y = next(iter(training_batches(dataset, 16, None, seed=0)))
-    assert x.shape == (16, 8, 8, 1) and y.shape == (16, 4) and x.dtype == y.dtype == "float32"
-    again, _ = next(iter(training_batches(dataset, 16, None, seed=0)))
-    np.testing.assert_array_equal(x, again)
-    batches = training_batches(dataset, 16, None, seed=0)
-    first, second = (np.concatenate([x for x, _ in batches]) for _ in range(2))
-    assert np.any(first != second), "every epoch is shuffled anew"
-    assert len(first) == len(dataset.train.x)
-
-
 def test_tensorboard(dataset, tmp_path):
     fit(float_model(), dataset, Training(epochs=1), log_dir=tmp_path)
     assert list(tmp_path.rglob("events*"))
@@ -453,7 +441,7 @@ def test_oscillating_weights_freeze(dataset):
         values[1, 1, 0, 1] += 0.01 * scale  # drifts one way
         kernel.assign(values)
         freezer.on_train_batch_end(step)
-    state = freezer.state[freezer.wrappers.index(wrapper)]
+    state = freezer.state_of_weights[freezer.wrappers.index(wrapper)]
     frozen = state["frozen"].numpy()
     assert frozen[index] == 1 and frozen.sum() == 1
     assert kernel.numpy()[index] == np.float32(2) * np.float32(scale)  # where it was for longer
@@ -484,6 +472,23 @@ def test_further_settings_train(dataset, settings):
     history = fit(quantized, dataset, QatTraining(epochs=2, learning_rate=0.01, batch_size=32, **settings))
     assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
     assert verify(quantized, convert(quantized), dataset.validation.x).passed
+
+
+def test_averaged_weights(dataset):
+    """What is kept is the moving average of the weights after each step, from the initial ones on."""
+    model, seen = float_model(), []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append([variable.numpy() for variable in model.trainable_variables])
+
+    averages = [variable.numpy() for variable in model.trainable_variables]
+    fit(model, dataset, Training(epochs=2, batch_size=32, weight_ema=0.75), callbacks=[Watch()])
+    for weights in seen:
+        averages = [0.75 * average + 0.25 * weight for average, weight in zip(averages, weights, strict=True)]
+    assert len(seen) == 2 * 5
+    for variable, average in zip(model.trainable_variables, averages, strict=True):
+        np.testing.assert_allclose(variable, average, rtol=1e-5, atol=1e-7)
 
 
 def test_what_is_not_finite_is_named(dataset):

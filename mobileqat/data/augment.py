@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     import tensorflow as tf
 
 
-def augment_images(dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int) -> tf.data.Dataset:
+def augment_images(
+    dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int | tf.data.Dataset
+) -> tf.data.Dataset:
     """Augment each image of a batched dataset independently, anew in every epoch.
 
     Args:
@@ -24,7 +26,8 @@ def augment_images(dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: 
         cutout: side in pixels of a square, centred anywhere in the image and clipped at its border, that is
             filled with the image's mean per channel (DeVries & Taylor 2017, arXiv:1708.04552); 0 for none.
             The mean is rounded where all pixels of the image are integers.
-        seed: with the same seed (and the same `tf.random.set_seed`, if any) epoch k is always the same.
+        seed: with the same seed (and the same `tf.random.set_seed`, if any) epoch k is always the same; or a
+            dataset that gives each batch its own seeds, int64 [3, 2].
 
     Raises:
         DataError: x is not a batch of images of known size, or shift or cutout do not fit that size.
@@ -47,12 +50,20 @@ def augment_images(dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: 
             x = _cut_out(x, cutout, seeds[2])
         return (x, *rest)
 
-    # One draw of seeds per batch; unlike a stateful generator it gives the same numbers however far an
-    # abandoned iterator has prefetched, and unlike a counter it gives new ones in the next epoch.
-    seeds = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(6)
-    seeds = seeds.map(lambda draw: tf.reshape(draw, [3, 2]))
-    batches = tf.data.Dataset.zip(dataset, seeds)
+    batches = tf.data.Dataset.zip(dataset, seed if isinstance(seed, tf.data.Dataset) else _seeds(seed))
     return batches.map(augment, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+
+def _seeds(seed: int) -> tf.data.Dataset:
+    """One draw of seeds per batch.
+
+    Unlike a stateful generator it gives the same numbers however far an abandoned iterator has prefetched, and unlike
+    a counter it gives new ones in the next epoch.
+    """
+    import tensorflow as tf
+
+    draws = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(6)
+    return draws.map(lambda draw: tf.reshape(draw, [3, 2]))
 
 
 def _image_size(dataset: tf.data.Dataset, shift: int, cutout: int) -> tuple[int, int]:
