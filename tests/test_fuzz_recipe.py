@@ -65,36 +65,10 @@ def accepts_or_explains(text: str, *overrides: str) -> None:
 
 SYNTAX = st.sampled_from(
     [
-        ": ",
-        "- ",
-        "\n",
-        "\n  ",
-        "{",
-        "}",
-        "[",
-        "]",
-        ", ",
-        "&a ",
-        "*a",
-        "!!",
-        "!!python/object/apply:os.system ",
-        "<<: ",
-        "|",
-    ]
-    + [">", "'", '"', "#", "%", "---", "...", "? ", "\t", "\\x", "\0", "\ud800", "\x85", "\u2028", "\ufeff", "${HOME}"]
-    + [
-        "~",
-        "null",
-        "true",
-        "1e3",
-        ".inf",
-        ".nan",
-        "0x",
-        "1:59:59.5",
-        "2001-01-01",
-        "=",
-        "9" * 5000,
-        "1" + ":59" * 300 + ".5",
+        *(": ", "- ", "\n", "\n  ", "{", "}", "[", "]", ", ", "&a ", "*a", "!!", "<<: ", "|", ">", "'", '"', "#", "%"),
+        *("---", "...", "? ", "=", "\t", "\\x", "\0", "\ud800", "\x85", "\u2028", "\ufeff", "${HOME}", "!!binary "),
+        *("~", "null", "true", "1e3", ".inf", ".nan", "0x", "1:59:59.5", "2001-01-01", "!!python/name:os.abort"),
+        *("9" * 5000, "1" + ":59" * 300 + ".5"),
     ]
 )
 TEXTS = st.text(max_size=60) | st.lists(SYNTAX | st.text(max_size=4), max_size=12).map("".join)
@@ -120,7 +94,13 @@ SCALARS = (
         [0, 1, -1, 64, 2**32, 2**200, 1e-320, "w4a8", "npz", "a:b", "int8", "data", "android:x", "${HOME}"]
     )
 )
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4))
+
+
+def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return inner | st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4)
+
+
+VALUES = nested(nested(SCALARS))
 
 
 def flow(value: Any) -> str:
