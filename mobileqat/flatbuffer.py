@@ -25,6 +25,7 @@ import flatbuffers
 import numpy as np
 
 from mobileqat.errors import FlatbufferError, RuntimeUnavailableError
+from mobileqat.operands import check_operator
 
 _SCHEMA_MODULES = ("ai_edge_litert.schema_py_generated", "tensorflow.lite.python.schema_py_generated")
 
@@ -402,6 +403,8 @@ def _read_subgraph(reader: _Reader, table: Any, buffers: list[np.ndarray], codes
         for index in reader.integers(row, "Intermediates"):
             _element(subgraph.tensors, index, "operator intermediate: tensor")
     _check_use(subgraph)
+    for operator in subgraph.operators:
+        check_operator(operator, subgraph.tensors)
     return subgraph
 
 

@@ -1,0 +1,234 @@
+"""What the operators of a `.tflite` file may be given: conditions that kernels rely on and do not check.
+
+Interpreters check most of an operator when they prepare it, and refuse. What is here made them abort, read through
+null pointers, or run without end when it did not hold: every rule was found by running damaged files, and is a rule
+of TensorFlow Lite's kernels. An operator that a table does not name is not held to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mobileqat.errors import FlatbufferError
+
+if TYPE_CHECKING:
+    from mobileqat.flatbuffer import Operator, Tensor
+
+MAX_RANK = 8
+
+# The first input that may be absent; no other may.
+_OPTIONAL_FROM = {
+    **dict.fromkeys(("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"), 2),
+    **dict.fromkeys(("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE"), 3),
+    "SVDF": 4,
+    **dict.fromkeys(("LSTM", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"), 1),
+    "BIDIRECTIONAL_SEQUENCE_RNN": 1,
+}
+_FEWEST_INPUTS = {"BATCH_MATMUL": 2, "DEPTHWISE_CONV_2D": 3}
+
+# Operators whose int8, uint8 and int16 operands need scales, and the inputs that may have one per channel.
+_PER_CHANNEL = {
+    **dict.fromkeys(("CONV_2D", "CONV_3D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"), (1, 2)),
+    **dict.fromkeys(("TRANSPOSE_CONV", "CONV_3D_TRANSPOSE"), (1, 3)),
+}
+_SCALED = frozenset(_PER_CHANNEL) | {
+    *("ADD", "AVERAGE_POOL_2D", "BATCH_MATMUL", "ELU", "EXP", "GELU", "HARD_SWISH", "L2_NORMALIZATION", "LEAKY_RELU"),
+    *("LOG", "LOGISTIC", "LOG_SOFTMAX", "MEAN", "MUL", "PRELU", "RSQRT", "SOFTMAX", "SQRT", "SQUARED_DIFFERENCE"),
+    *("SUB", "TANH"),
+}
+_QUANTIZED_TYPES = ("int8", "uint8", "int16")
+
+# The input whose type the outputs have.
+_SAME_TYPE = {
+    **dict.fromkeys(
+        (
+            *(
+                "ADD",
+                "AVERAGE_POOL_2D",
+                "BATCH_TO_SPACE_ND",
+                "CONCATENATION",
+                "DEPTH_TO_SPACE",
+                "EXPAND_DIMS",
+                "GATHER",
+            ),
+            *("GATHER_ND", "MAX_POOL_2D", "MAXIMUM", "MINIMUM", "MIRROR_PAD", "PACK", "PAD", "PADV2", "REDUCE_MAX"),
+            *("REDUCE_MIN", "RESHAPE", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "REVERSE_V2", "SLICE"),
+            *("SPACE_TO_BATCH_ND", "SPACE_TO_DEPTH", "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TILE", "TRANSPOSE"),
+            "UNPACK",
+        ),
+        0,
+    ),
+    "SPLIT": 1,
+}
+_HANDLES = ("string", "resource", "variant")
+_CALLS = ("CALL", "CALL_ONCE", "CUSTOM", "HASHTABLE", "IF", "VAR_HANDLE", "WHILE")
+
+# Input over output scale: the fixed-point multiplier between them must be one.
+_SCALE_RATIO = {"ADD": (2.0**-30, 2.0**14), "SUB": (2.0**-30, 2.0**14), "QUANTIZE": (2.0**-60, 2.0**60)}
+
+
+def check_operator(operator: Operator, tensors: Sequence[Tensor]) -> None:
+    """Holds an operator, whose indices exist, to every rule.
+
+    Raises:
+        FlatbufferError: the first problem, with the operator it is in.
+    """
+    for rule in _RULES:
+        for problem in rule(operator, tensors):
+            raise FlatbufferError(f"operator {operator.index} {operator.name} {problem}")
+
+
+def _operands(operator: Operator, tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensors[index] for index in (*operator.inputs, *operator.outputs) if index != -1]
+
+
+def _named(tensor: Tensor) -> str:
+    return f"tensor {tensor.index} '{tensor.name}'"
+
+
+def _inputs_are_there(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    fewest = _FEWEST_INPUTS.get(operator.name, 0)
+    if len(operator.inputs) < fewest:
+        yield f"has {len(operator.inputs)} inputs, expected at least {fewest}"
+    if operator.name not in _CALLS and -1 in operator.inputs[: _OPTIONAL_FROM.get(operator.name)]:
+        yield f"lacks input {operator.inputs.index(-1)}"
+
+
+def _outputs_are_computed(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    for index in operator.outputs:
+        if tensors[index].is_variable:
+            yield f"writes {_named(tensors[index])}, which is a variable"
+
+
+def _ranks_are_small(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    for tensor in _operands(operator, tensors):
+        if len(tensor.shape) > MAX_RANK:
+            yield f"computes with {_named(tensor)} of rank {len(tensor.shape)}, expected at most {MAX_RANK}"
+
+
+def _nothing_is_empty(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    # A vector may be empty: the shape of a scalar is.
+    for tensor in _operands(operator, tensors):
+        if 0 in tensor.shape and len(tensor.shape) > 1:
+            yield f"computes with {_named(tensor)} of shape {tensor.shape}, which holds nothing"
+
+
+def _scales_are_there(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    if operator.name not in _SCALED:
+        return
+    channelwise = [
+        operator.inputs[place] for place in _PER_CHANNEL.get(operator.name, ()) if place < len(operator.inputs)
+    ]
+    for tensor in _operands(operator, tensors):
+        if tensor.dtype in _QUANTIZED_TYPES and tensor.scales is None:
+            yield f"computes with {_named(tensor)}, which is {tensor.dtype} and has no scale"
+        if tensor.scales is not None and tensor.scales.size > 1 and tensor.index not in channelwise:
+            yield f"computes with {_named(tensor)}, which has {tensor.scales.size} scales, expected one"
+
+
+def _types_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    place = _SAME_TYPE.get(operator.name)
+    read = [tensors[index].dtype for index in operator.inputs if index != -1]
+    for index in operator.outputs:
+        output = tensors[index]
+        if place is not None and place < len(operator.inputs) and tensors[operator.inputs[place]].dtype != output.dtype:
+            yield f"makes {output.dtype} {_named(output)} of {tensors[operator.inputs[place]].dtype}"
+        if output.dtype in _HANDLES and output.dtype not in read and operator.name not in _CALLS:
+            yield f"makes {output.dtype} {_named(output)}, which it cannot"
+    if (
+        operator.name == "SOFTMAX"
+        and read
+        and any(tensors[i].is_float != (read[0] == "float32") for i in operator.outputs)
+    ):
+        yield f"makes {tensors[operator.outputs[0]].dtype} of {read[0]}"
+
+
+def _scales_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    bounds = _SCALE_RATIO.get(operator.name)
+    made = [tensors[index].scales for index in operator.outputs]
+    if bounds is None or not made or made[0] is None:
+        return
+    given = [float(tensors[i].scales.max()) for i in operator.inputs if tensors[i].scales is not None]
+    ratio = max(given, default=1.0) / float(made[0].min()) if given else 1.0
+    if not bounds[0] < ratio < bounds[1]:
+        yield f"has scales {max(given):g} and {float(made[0].min()):g}, which no integer multiplier relates"
+
+
+def _softmax_is_steep(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    if operator.name != "SOFTMAX":
+        return
+    beta = operator.options.get("beta")
+    scales = tensors[operator.inputs[0]].scales if operator.inputs else None
+    steepness = math.nan if beta is None else beta * (1.0 if scales is None else float(scales[0]))
+    # The integer kernel multiplies by beta * scale * 2**26, which has to be more than 1.
+    if not 2.0**-26 < steepness < math.inf:
+        yield f"has beta {beta} and input scales {scales}"
+
+
+def _slices_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    if operator.name == "STRIDED_SLICE":
+        shapes = [tensors[index].shape for index in operator.inputs[1:4]]
+        if len(set(shapes)) != 1:
+            yield f"has begin, end and strides of shapes {shapes}"
+
+
+def _grown(operator: Operator, tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """The output's shape where a constant decides how large it is; otherwise None."""
+    compute = _GROWTH.get(operator.name)
+    if compute is None or len(operator.inputs) < 2:
+        return None
+    source, amounts = tensors[operator.inputs[0]], tensors[operator.inputs[1]].data
+    if amounts is None or not np.issubdtype(amounts.dtype, np.integer) or -1 in source.shape_signature:
+        return None
+    return compute(source.shape, amounts)
+
+
+def _resized(shape: tuple[int, ...], size: np.ndarray) -> tuple[int, ...] | None:
+    return (shape[0], *map(int, size), shape[3]) if len(shape) == 4 and size.shape == (2,) else None
+
+
+def _padded(shape: tuple[int, ...], amounts: np.ndarray) -> tuple[int, ...] | None:
+    return (
+        tuple(n + int(a) + int(b) for n, (a, b) in zip(shape, amounts, strict=True))
+        if amounts.shape == (len(shape), 2)
+        else None
+    )
+
+
+def _tiled(shape: tuple[int, ...], counts: np.ndarray) -> tuple[int, ...] | None:
+    return (
+        tuple(n * int(count) for n, count in zip(shape, counts, strict=True)) if counts.shape == (len(shape),) else None
+    )
+
+
+_GROWTH: dict[str, Callable[[tuple[int, ...], np.ndarray], tuple[int, ...] | None]] = {
+    **dict.fromkeys(("RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR"), _resized),
+    **dict.fromkeys(("MIRROR_PAD", "PAD", "PADV2"), _padded),
+    "TILE": _tiled,
+}
+
+
+def _sizes_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    # What the file says its tensors need is bounded; what such a constant asks for need not be.
+    grown = _grown(operator, tensors)
+    for index in operator.outputs:
+        if grown is not None and grown != tensors[index].shape and -1 not in tensors[index].shape_signature:
+            yield f"makes shape {grown}, {_named(tensors[index])} has {tensors[index].shape}"
+
+
+_RULES = (
+    _inputs_are_there,
+    _outputs_are_computed,
+    _ranks_are_small,
+    _nothing_is_empty,
+    _scales_are_there,
+    _types_fit,
+    _scales_fit,
+    _softmax_is_steep,
+    _slices_fit,
+    _sizes_fit,
+)
