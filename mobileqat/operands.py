@@ -46,29 +46,27 @@ _QUANTIZED_TYPES = ("int8", "uint8", "int16")
 _SAME_TYPE = {
     **dict.fromkeys(
         (
-            *(
-                "ADD",
-                "AVERAGE_POOL_2D",
-                "BATCH_TO_SPACE_ND",
-                "CONCATENATION",
-                "DEPTH_TO_SPACE",
-                "EXPAND_DIMS",
-                "GATHER",
-            ),
-            *("GATHER_ND", "MAX_POOL_2D", "MAXIMUM", "MINIMUM", "MIRROR_PAD", "PACK", "PAD", "PADV2", "REDUCE_MAX"),
-            *("REDUCE_MIN", "RESHAPE", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "REVERSE_V2", "SLICE"),
-            *("SPACE_TO_BATCH_ND", "SPACE_TO_DEPTH", "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TILE", "TRANSPOSE"),
-            "UNPACK",
+            *("ADD", "AVERAGE_POOL_2D", "BATCH_TO_SPACE_ND", "CONCATENATION", "DEPTH_TO_SPACE", "EXPAND_DIMS"),
+            *("GATHER", "GATHER_ND", "MAX_POOL_2D", "MAXIMUM", "MINIMUM", "MIRROR_PAD", "MUL", "PACK", "PAD", "PADV2"),
+            *("REDUCE_MAX", "REDUCE_MIN", "RESHAPE", "RESIZE_BILINEAR", "RESIZE_NEAREST_NEIGHBOR", "REVERSE_V2"),
+            *("SLICE", "SPACE_TO_BATCH_ND", "SPACE_TO_DEPTH", "SQUEEZE", "STRIDED_SLICE", "SUB", "SUM", "TILE"),
+            *("TRANSPOSE", "UNPACK"),
         ),
         0,
     ),
     "SPLIT": 1,
 }
-_HANDLES = ("string", "resource", "variant")
+# Types that few operators make; others pass them on at most.
+_RARE_TYPES = ("string", "resource", "variant", "int2", "int4", "uint4", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 _CALLS = ("CALL", "CALL_ONCE", "CUSTOM", "HASHTABLE", "IF", "VAR_HANDLE", "WHILE")
+_MAKERS = (*_CALLS, "CAST", "DEQUANTIZE", "HASHTABLE_FIND", "QUANTIZE", "READ_VARIABLE")
 
-# Input over output scale: the fixed-point multiplier between them must be one.
-_SCALE_RATIO = {"ADD": (2.0**-30, 2.0**14), "SUB": (2.0**-30, 2.0**14), "QUANTIZE": (2.0**-60, 2.0**60)}
+# Input over output scale, of BATCH_MATMUL the product of both inputs': a fixed-point multiplier has to express it.
+_SCALE_RATIO = {
+    **dict.fromkeys(("ADD", "SUB"), (2.0**-30, 2.0**14)),
+    **dict.fromkeys(("BATCH_MATMUL", "QUANTIZE"), (2.0**-60, 2.0**60)),
+}
+_LARGEST_WINDOW = 2**15  # of strides, dilations and filters along one axis
 
 
 def check_operator(operator: Operator, tensors: Sequence[Tensor]) -> None:
@@ -137,7 +135,7 @@ def _types_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
         output = tensors[index]
         if place is not None and place < len(operator.inputs) and tensors[operator.inputs[place]].dtype != output.dtype:
             yield f"makes {output.dtype} {_named(output)} of {tensors[operator.inputs[place]].dtype}"
-        if output.dtype in _HANDLES and output.dtype not in read and operator.name not in _CALLS:
+        if output.dtype in _RARE_TYPES and output.dtype not in read and operator.name not in _MAKERS:
             yield f"makes {output.dtype} {_named(output)}, which it cannot"
     if (
         operator.name == "SOFTMAX"
@@ -149,13 +147,20 @@ def _types_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
 
 def _scales_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
     bounds = _SCALE_RATIO.get(operator.name)
-    made = [tensors[index].scales for index in operator.outputs]
-    if bounds is None or not made or made[0] is None:
+    inputs, outputs = ([tensors[i].scales for i in side if i != -1] for side in (operator.inputs, operator.outputs))
+    given, made = ([float(scales.max()) for scales in side if scales is not None] for side in (inputs, outputs))
+    if bounds is None or not given or not made:
         return
-    given = [float(tensors[i].scales.max()) for i in operator.inputs if tensors[i].scales is not None]
-    ratio = max(given, default=1.0) / float(made[0].min()) if given else 1.0
-    if not bounds[0] < ratio < bounds[1]:
-        yield f"has scales {max(given):g} and {float(made[0].min()):g}, which no integer multiplier relates"
+    combined = math.prod(given) if operator.name == "BATCH_MATMUL" else max(given)
+    if not bounds[0] < combined / made[0] < bounds[1]:
+        yield f"has input scales {given} and output scale {made[0]:g}, which no integer multiplier relates"
+
+
+def _windows_are_small(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    for option, value in operator.options.items():
+        is_size = option.startswith(("stride_", "dilation_", "filter_"))
+        if is_size and isinstance(value, int) and not 1 <= value <= _LARGEST_WINDOW:
+            yield f"has {option} {value}, expected 1 to {_LARGEST_WINDOW}"
 
 
 def _softmax_is_steep(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
@@ -228,6 +233,7 @@ _RULES = (
     _scales_are_there,
     _types_fit,
     _scales_fit,
+    _windows_are_small,
     _softmax_is_steep,
     _slices_fit,
     _sizes_fit,

@@ -1,4 +1,4 @@
-"""Runs the `.tflite` files of a folder, each in a process of its own, and says how each ended: `python victim.py FOLDER`.
+"""Runs a folder's `.tflite` files, each in a process of its own, and says how each ended: `python victim.py FOLDER`.
 
 It needs one interpreter and nothing of this package.  A line per file and kind of kernels: its name, the kernels, and
 "ran", "refused", or the signal that killed it; SIGALRM after ten seconds.
