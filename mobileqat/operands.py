@@ -28,7 +28,12 @@ _OPTIONAL_FROM = {
     **dict.fromkeys(("LSTM", "UNIDIRECTIONAL_SEQUENCE_LSTM", "BIDIRECTIONAL_SEQUENCE_LSTM"), 1),
     "BIDIRECTIONAL_SEQUENCE_RNN": 1,
 }
-_FEWEST_INPUTS = {"BATCH_MATMUL": 2, "DEPTHWISE_CONV_2D": 3}
+_FEWEST_INPUTS = {
+    **dict.fromkeys(("FAKE_QUANT", "SOFTMAX"), 1),
+    **dict.fromkeys(("ASSIGN_VARIABLE", "BATCH_MATMUL", "SPLIT"), 2),
+    **dict.fromkeys(("DEPTHWISE_CONV_2D", "SLICE"), 3),
+    "STRIDED_SLICE": 4,
+}
 
 # Operators whose int8, uint8 and int16 operands need scales, and the inputs that may have one per channel.
 _PER_CHANNEL = {
@@ -55,6 +60,13 @@ _SAME_TYPE = {
         0,
     ),
     "SPLIT": 1,
+}
+# Operators that never look at the type of some inputs, and which it has to be.
+_INDEX_TYPES = ("int32", "int64")
+_INPUT_TYPES: dict[str, dict[int, tuple[str, ...]]] = {
+    "FAKE_QUANT": {0: ("float32",)},
+    "SLICE": {1: _INDEX_TYPES, 2: _INDEX_TYPES},
+    "SPLIT": {0: _INDEX_TYPES},
 }
 # Types that few operators make; others pass them on at most.
 _RARE_TYPES = ("string", "resource", "variant", "int2", "int4", "uint4", "bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -128,21 +140,30 @@ def _scales_are_there(operator: Operator, tensors: Sequence[Tensor]) -> Iterator
             yield f"computes with {_named(tensor)}, which has {tensor.scales.size} scales, expected one"
 
 
-def _types_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+def _types_are_expected(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    for place, expected in _INPUT_TYPES.get(operator.name, {}).items():
+        tensor = tensors[operator.inputs[place]]
+        if tensor.dtype not in expected:
+            yield f"computes with {tensor.dtype} {_named(tensor)}, expected {' or '.join(expected)}"
+
+
+def _types_are_kept(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
     place = _SAME_TYPE.get(operator.name)
-    read = [tensors[index].dtype for index in operator.inputs if index != -1]
-    for index in operator.outputs:
-        output = tensors[index]
-        if place is not None and place < len(operator.inputs) and tensors[operator.inputs[place]].dtype != output.dtype:
-            yield f"makes {output.dtype} {_named(output)} of {tensors[operator.inputs[place]].dtype}"
-        if output.dtype in _RARE_TYPES and output.dtype not in read and operator.name not in _MAKERS:
-            yield f"makes {output.dtype} {_named(output)}, which it cannot"
-    if (
-        operator.name == "SOFTMAX"
-        and read
-        and any(tensors[i].is_float != (read[0] == "float32") for i in operator.outputs)
-    ):
-        yield f"makes {tensors[operator.outputs[0]].dtype} of {read[0]}"
+    if place is None or place >= len(operator.inputs):
+        return
+    given = tensors[operator.inputs[place]].dtype
+    for tensor in (tensors[index] for index in operator.outputs):
+        if tensor.dtype != given:
+            yield f"makes {tensor.dtype} {_named(tensor)} of {given}"
+
+
+def _types_are_made(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
+    given = {tensors[index].dtype for index in operator.inputs if index != -1}
+    for tensor in (tensors[index] for index in operator.outputs):
+        if tensor.dtype in _RARE_TYPES and tensor.dtype not in given and operator.name not in _MAKERS:
+            yield f"makes {tensor.dtype} {_named(tensor)} of {' and '.join(sorted(given)) or 'nothing'}"
+        if operator.name == "SOFTMAX" and tensor.is_float != ("float32" in given):
+            yield f"makes {tensor.dtype} {_named(tensor)} of {' and '.join(sorted(given)) or 'nothing'}"
 
 
 def _scales_fit(operator: Operator, tensors: Sequence[Tensor]) -> Iterator[str]:
@@ -167,7 +188,7 @@ def _softmax_is_steep(operator: Operator, tensors: Sequence[Tensor]) -> Iterator
     if operator.name != "SOFTMAX":
         return
     beta = operator.options.get("beta")
-    scales = tensors[operator.inputs[0]].scales if operator.inputs else None
+    scales = tensors[operator.inputs[0]].scales
     steepness = math.nan if beta is None else beta * (1.0 if scales is None else float(scales[0]))
     # The integer kernel multiplies by beta * scale * 2**26, which has to be more than 1.
     if not 2.0**-26 < steepness < math.inf:
@@ -231,7 +252,9 @@ _RULES = (
     _ranks_are_small,
     _nothing_is_empty,
     _scales_are_there,
-    _types_fit,
+    _types_are_expected,
+    _types_are_kept,
+    _types_are_made,
     _scales_fit,
     _windows_are_small,
     _softmax_is_steep,
