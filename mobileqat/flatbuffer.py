@@ -17,6 +17,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import flatbuffers
 import numpy as np
 
 from mobileqat.errors import FlatbufferError, RuntimeUnavailableError
+from mobileqat.operands import check_operator
 
 _SCHEMA_MODULES = ("ai_edge_litert.schema_py_generated", "tensorflow.lite.python.schema_py_generated")
 
@@ -254,8 +256,9 @@ def read(source: bytes | str | Path) -> Model:
     """Reads and checks a `.tflite` file, or its bytes.
 
     Checked are: the identifier, all offsets, tensor, buffer, operator code and subgraph indices, constants'
-    sizes against shape and dtype, quantization parameters, and that every operator reads only tensors that an
-    input, a constant or an earlier operator provides. The time taken is linear in the size of the file.
+    sizes against shape and dtype, quantization parameters, that every operator reads only tensors that an
+    input, a constant or an earlier operator provides, and what `operands` knows of its kernels. The time taken is
+    linear in the size of the file.
 
     Raises:
         FlatbufferError: the file is missing, empty, truncated or broken.
@@ -263,8 +266,15 @@ def read(source: bytes | str | Path) -> Model:
     """
     where, content = _load(source)
     _generated_schema()
-    try:
+    with _refusing(where):
         return _parse(content)
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Makes whatever damage raises a FlatbufferError of that file."""
+    try:
+        yield
     except FlatbufferError as error:
         raise FlatbufferError(f"{where}: {error}") from None
     # What the generated accessors and NumPy raise when an offset or a length leads out of the file.
@@ -402,6 +412,8 @@ def _read_subgraph(reader: _Reader, table: Any, buffers: list[np.ndarray], codes
         for index in reader.integers(row, "Intermediates"):
             _element(subgraph.tensors, index, "operator intermediate: tensor")
     _check_use(subgraph)
+    for operator in subgraph.operators:
+        check_operator(operator, subgraph.tensors)
     return subgraph
 
 
@@ -418,6 +430,8 @@ def _read_tensor(reader: _Reader, table: Any, index: int, buffers: list[np.ndarr
         raise FlatbufferError(f"{where} keeps its values in another file, which is not supported")
     scales, zero_points, axis = _read_quantization(reader, table.Quantization(), where, dtype, shape)
     is_sparse = table.Sparsity() is not None
+    if is_sparse:
+        _pay_for_sparsity(reader, table.Sparsity())
     size_bytes = -(-math.prod(shape) * _BITS.get(dtype, 0) // 8)
     if buffer.size and dtype in _BITS and not is_sparse and buffer.size != size_bytes:
         raise FlatbufferError(f"{where}: {dtype} {shape} is {size_bytes} bytes, its buffer has {buffer.size}")
@@ -440,11 +454,19 @@ def _read_tensor(reader: _Reader, table: Any, index: int, buffers: list[np.ndarr
     )
 
 
+def _pay_for_sparsity(reader: _Reader, table: Any) -> None:
+    reader.integers(table, "TraversalOrder")
+    reader.integers(table, "BlockMap")
+    reader.tables(table, "DimMetadata")
+
+
 def _read_quantization(
     reader: _Reader, table: Any, where: str, dtype: str, shape: tuple[int, ...]
 ) -> tuple[np.ndarray | None, np.ndarray | None, int]:
     """Scales [1] or [channels], zero points of the same shape, and the axis; float tensors have none."""
-    scales = reader.vector(table, "Scale") if table is not None else None
+    # Minimum and maximum only inform. They are paid for, as `single_operators` copies them.
+    ranges = [reader.vector(table, side) for side in ("Scale", "Min", "Max")] if table is not None else [None]
+    scales = ranges[0]
     if scales is None or not scales.size or dtype in _FLOAT_TYPES:
         return None, None, 0
     zero_points = reader.vector(table, "ZeroPoint")
@@ -490,6 +512,8 @@ def _unpack(packed: np.ndarray, bits: int, signed: bool) -> np.ndarray:
 
 def _read_operator(reader: _Reader, table: Any, index: int, codes: list[tuple[str, int]]) -> Operator:
     name, version = _element(codes, table.OpcodeIndex(), f"operator {index}: operator code")
+    for field in ("CustomOptions", "MutatingVariableInputs"):
+        reader.vector(table, field)
     inputs, outputs = reader.integers(table, "Inputs"), reader.integers(table, "Outputs")
     return Operator(index, name, version, inputs, outputs, _read_options(reader, table))
 
@@ -797,11 +821,12 @@ def single_operators(source: bytes | str | Path) -> list[tuple[Operator, bytes]]
     Raises:
         FlatbufferError: as `read`.
     """
-    model = read(source)
-    schema = _generated_schema()
-    whole = schema.ModelT.InitFromPackedBuf(model.content, 0)
+    where, content = _load(source)
+    model, root = read(source), _root(content)
     alone = [operator for operator in model.operators if _is_alone(model, operator)]
-    return [(operator, _single(schema, whole, model, operator)) for operator in alone]
+    with _refusing(where):
+        graph = _generated_schema().SubGraphT.InitFromObj(root.Subgraphs(0))
+        return [(operator, _single(root, graph, model, operator)) for operator in alone]
 
 
 def _is_alone(model: Model, operator: Operator) -> bool:
@@ -810,8 +835,8 @@ def _is_alone(model: Model, operator: Operator) -> bool:
     return not calls and not any(tensor.is_variable or tensor.dtype in ("resource", "variant") for tensor in tensors)
 
 
-def _single(schema: Any, whole: Any, model: Model, operator: Operator) -> bytes:
-    graph = whole.subgraphs[0]
+def _single(root: Any, graph: Any, model: Model, operator: Operator) -> bytes:
+    schema = _generated_schema()
     used = list(dict.fromkeys(index for index in (*operator.inputs, *operator.outputs) if index >= 0))
     position = {index: number for number, index in enumerate(used)} | {-1: -1}
     tensors = [_single_tensor(graph.tensors[index], number + 1) for number, index in enumerate(used)]
@@ -830,15 +855,12 @@ def _single(schema: Any, whole: Any, model: Model, operator: Operator) -> bytes:
         outputs=[position[index] for index in operator.outputs],
     )
     # A buffer per tensor behind the empty one: shared buffers need not stay shared here.
-    buffers = [_changed(whole.buffers[0], data=None), *(whole.buffers[graph.tensors[index].buffer] for index in used)]
-    result = _changed(
-        whole,
+    buffers = [schema.BufferT.InitFromObj(root.Buffers(graph.tensors[index].buffer)) for index in used]
+    result = schema.ModelT(
+        version=3,
+        operatorCodes=[schema.OperatorCodeT.InitFromObj(root.OperatorCodes(code))],
         subgraphs=[part],
-        operatorCodes=[whole.operatorCodes[code]],
-        buffers=buffers,
-        signatureDefs=None,
-        metadata=None,
-        metadataBuffer=None,
+        buffers=[schema.BufferT(), *buffers],
     )
     builder = flatbuffers.Builder(1024)
     builder.Finish(result.Pack(builder), b"TFL3")

@@ -607,7 +607,7 @@ class _Document:
             variables = re.findall(r"\$\{(\w+)\}", text)
             unset = [f"${{{name}}}" for name in variables if not os.environ.get(name)]
             if unset:
-                names = ", ".join(unset)
+                names = _short(", ".join(unset))
                 problem = f"{names} is not set, expected a value: {remedy}, received {_shown(text)}"
                 self._add((section, key), problem)
             else:
@@ -676,12 +676,12 @@ class _Document:
             value = cast(str | int | float | None, self._constructor.construct_object(node))
             # Lone surrogates cannot be written to a file, nor can an integer of 4300 digits be printed.
             str(value).encode()
-        except (yaml.YAMLError, ValueError, LookupError):
+        except (yaml.YAMLError, ValueError, LookupError, OverflowError):
             kind = node.tag.rpartition(":")[2]
             self._add(path, f"unreadable value, expected a YAML {kind}, received {_shown(node.value)}")
             return None
         if isinstance(value, float) and not math.isfinite(value):
-            self._add(path, f"wrong value, expected a finite number, received {node.value}")
+            self._add(path, f"wrong value, expected a finite number, received {_short(node.value)}")
         return value
 
     def _open_section(self, path: Sequence[str], place: _Place) -> dict[str, Any] | None:

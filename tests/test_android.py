@@ -7,6 +7,7 @@ import http.server
 import importlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,9 +17,11 @@ import time
 from pathlib import Path
 
 import adbd
+import flatbuffers
 import numpy as np
 import opbuild
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 
 from mobileqat import flatbuffer
 from mobileqat.bench import adb, android_state, benchmark_binary
@@ -177,6 +180,44 @@ def test_computes_on_an_emulated_arm(tmp_path, server, arm_cache, binary, job):
         outcome = Android(f"android:{phone.serial}", binary).run([job], Settings(runs=0, timeout_s=300))
     expected = Session(job.model).predict(job.inputs[0][:, 0], quantize=False)
     np.testing.assert_array_equal(outcome.measurements[0].outputs[0][:, 0], expected)
+
+
+HOSTILE = ["a b", "a'b", 'a"b', "a;touch executed", "$(touch executed)", "`touch executed`", "&touch executed&"]
+HOSTILE += ["a\ntouch executed\n", "'; touch executed; '", "-rf", "--help", "a\\", "a:b", "*", "~", "${HOME}", "#", "ü"]
+
+
+def renamed(model, name):
+    """The file with another name for its input."""
+    table = schema.ModelT.InitFromPackedBuf(model.content, 0)
+    table.subgraphs[0].tensors[model.inputs[0]].name = name
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(table.Pack(builder), b"TFL3")
+    return flatbuffer.read(bytes(builder.Output()))
+
+
+def test_names_in_files_reach_the_shell_quoted(phone, binary, model, job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sample = job.inputs[0][:1]
+    jobs = [Job(name, renamed(model, name), (sample,), is_timed=False) for name in HOSTILE]
+    expected = Session(model).predict(sample[:, 0], quantize=False)
+    for measured in Android(f"android:{phone.serial}", binary).run(jobs, SETTINGS).measurements:
+        np.testing.assert_array_equal(measured.outputs[0][:, 0], expected)
+    assert not list(tmp_path.rglob("executed")) and is_clean(phone)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a,b"])
+def test_names_that_no_command_line_holds(phone, binary, model, job, name):
+    job = Job("dense", renamed(model, name), job.inputs)
+    assert "Received: an input" in str(refusal(Android(f"android:{phone.serial}", binary), [job]))
+
+
+@pytest.mark.parametrize("serial", [*HOSTILE, "a\0:b", "-s:5555", "$(touch executed):5555"])
+def test_serials_reach_no_shell(server, binary, job, serial, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(adb, "SETTLE_S", 0.1)
+    refusal(Android(f"android:{serial}", binary), [job])
+    assert shlex.quote(serial) in adb.Adb(server, serial, adb.Deadline(1)).hint("true")
+    assert not list(tmp_path.rglob("executed"))
 
 
 def test_vendor_delegate_goes_along(phone, binary, job, tmp_path):
@@ -759,7 +800,7 @@ def test_core_lists():
     assert android_state.select_cores(cores, "little") == (0,)
     assert android_state.select_cores(cores, "7,10-10") == (7, 10)
     assert android_state.core_mask((7, 10)) == "480"
-    for cpus in ("4", "5-3", "99", "fast", "1;2", ""):
+    for cpus in ("4", "5-3", "99", "fast", "1;2", "", "0-9999999999", "9" * 5000, "$(reboot)", "0\n", "٣"):
         with pytest.raises(DeviceError, match=r"Expected some of|expects 'big'"):
             android_state.select_cores(cores, cpus)
     with pytest.raises(DeviceError, match="hides its cores' clocks"):

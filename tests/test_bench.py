@@ -106,7 +106,9 @@ def test_pinned_to_a_core(dense):
         measure.measure({"m": dense}, settings=replace(FEW, cpus="100000"))
 
 
-@pytest.mark.parametrize("cpus", ["big", "", "3-", "5-4", "1,,2", "-1"])
+@pytest.mark.parametrize(
+    "cpus", ["big", "", "3-", "5-4", "1,,2", "-1", "0-9999999999", "9" * 5000, "0;reboot", "$(reboot)", "0\n", "٣"]
+)
 def test_lists_of_cores(cpus):
     assert child.core_numbers("0,4-6") == [0, 4, 5, 6] and child.core_numbers(None) == []
     with pytest.raises(DeviceError, match="Expected cores as a list such as 0 or 0,4-7"):

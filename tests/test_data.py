@@ -93,7 +93,7 @@ def test_sources_are_one_line_each():
         ("digits", {"path": "x"}, "'digits': got an unexpected keyword argument 'path'.*it takes: none"),
         ("digits", {"image_size": (8, 8)}, "unexpected keyword argument 'image_size'"),
         ("npz", {}, "'npz': missing a required argument: 'path'.*it takes: path, limit_bytes"),
-        ("image_folder", {"path": "x", "chanels": 1}, "'chanels'.*it takes: path, image_size, channels"),
+        ("image_folder", {"path": "x", "chanels": 1}, "'chanels'.*it takes: path, image_size, channels, broken"),
         ("digits", {"validation_fraction": 1.0}, "'digits': validation_fraction must lie between 0 and 1"),
         ("digits", {"validation_fraction": 0}, "Received: validation_fraction=0"),
         ("digits", {"seed": -1}, "seed must be an integer in .* Received: seed=-1"),

@@ -320,7 +320,19 @@ def until(condition):
 
 @pytest.mark.parametrize(
     "name",
-    ["ssh://", "ssh://-oProxyCommand=x", "ssh://host:port", "ssh://a@", "ssh://host/folder", "ssh://host?shell=sh"],
+    [
+        *(
+            "ssh://",
+            "ssh://-oProxyCommand=x",
+            "ssh://host:port",
+            "ssh://a@",
+            "ssh://host/folder",
+            "ssh://host?shell=sh",
+        ),
+        *("ssh://$(touch executed)", "ssh://a;b", "ssh://a b", "ssh://`a`", "ssh://a'b", "ssh://a\nb", "ssh://a\n"),
+        *("ssh://-l@host", "ssh://$(touch executed)@host", "ssh://a b@host", "ssh://a\0b", "ssh://host:9999999"),
+        *("ssh://[-oProxyCommand=x]", "ssh://[a b]", "ssh://host?python=a\nb"),
+    ],
 )
 def test_addresses(name):
     with pytest.raises(DeviceError, match=r"Expected ssh://|no target"):
@@ -331,6 +343,39 @@ def test_the_parts_of_an_address():
     target = ssh.Ssh("ssh://me@[fe80::1]:2222?python=/opt/python 3/bin/python3")
     assert (target._host, target._login) == ("fe80::1", ["-l", "me", "-p", "2222"])
     assert target._python == "/opt/python 3/bin/python3"
+
+
+HOSTILE = [
+    "a b",
+    "a'b",
+    'a"b',
+    "a;touch executed",
+    "$(touch executed)",
+    "`touch executed`",
+    "'; touch executed; '",
+    "-c",
+]
+
+
+@pytest.mark.parametrize("python", [*HOSTILE, "a & touch executed", "a | touch executed", "a > executed", "*", "~/x"])
+def test_the_name_of_a_python_reaches_the_shell_quoted(monkeypatch, tmp_path, jobs, python):
+    """As on a board: what ssh is given after the host is a command line for `sh`."""
+    program = tmp_path / "ssh"
+    program.write_text('#!/bin/sh\nfor last in "$@"; do :; done\nexec /bin/sh -c "$last"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    monkeypatch.chdir(tmp_path)
+    target = ssh.Ssh(f"ssh://board?python={python}")
+    with pytest.raises(DeviceError, match=r"there is no '|ended with exit code"):
+        target.run(jobs, Settings())
+    for check in target.check():  # what a user may copy into a shell
+        subprocess.run(["/bin/sh", "-c", check.fix], capture_output=True, check=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["ssh"]
+
+
+def test_a_zero_byte_reaches_nobody(jobs):
+    with pytest.raises(DeviceError, match="ssh cannot be started"):
+        ssh.Ssh("ssh://board?python=a\0b").run(jobs, Settings())
 
 
 def test_without_ssh(monkeypatch, tmp_path, jobs):

@@ -200,7 +200,7 @@ def select_cores(cores: Sequence[Core], cpus: str) -> tuple[int, ...]:
         slowest = min(clocks)
         wanted = [core.index for core in online if len(clocks) == 1 or (core.max_khz == slowest) == (cpus == "little")]
         return tuple(wanted)
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", cpus):
+    if not re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6})?(,[0-9]{1,6}(-[0-9]{1,6})?)*", cpus):
         raise DeviceError(f"cpus expects 'big', 'little' or a list such as '0' or '4-7'. Received: '{cpus}'")
     ranges = [[int(end) for end in part.split("-")] for part in cpus.split(",")]
     chosen = tuple(sorted({core for ends in ranges for core in range(ends[0], ends[-1] + 1)}))

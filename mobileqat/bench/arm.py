@@ -8,6 +8,7 @@ Python's own bookkeeping between two inferences varies, and every inference incl
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -210,9 +211,11 @@ def _check_emulator(is_there: bool) -> Check:
             child.run_command([*sysroot.emulator(), option], 30, what).stdout for option in ("--version", "--help")
         )
     except DeviceError as error:
-        return Check(f"{what} ({error})", None, f"rm -r {sysroot.system().path} && {sysroot.SETUP}")
+        return Check(f"{what} ({error})", None, f"rm -r {shlex.quote(str(sysroot.system().path))} && {sysroot.SETUP}")
     if "-plugin" not in usage:
-        return Check(f"{what} (it does not run)", None, f"rm -r {sysroot.system().path} && {sysroot.SETUP}")
+        return Check(
+            f"{what} (it does not run)", None, f"rm -r {shlex.quote(str(sysroot.system().path))} && {sysroot.SETUP}"
+        )
     return Check(what, version.partition("(")[0].strip())
 
 

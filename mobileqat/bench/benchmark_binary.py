@@ -12,6 +12,7 @@ import hashlib
 import http.client
 import json
 import os
+import shlex
 import tempfile
 import urllib.request
 from collections.abc import Sequence
@@ -111,7 +112,7 @@ def cached_path(abis: Sequence[str]) -> Path:
 
 def download_command(path: Path) -> str:
     """The command line that puts a published program into the cache."""
-    return f"curl --create-dirs -fLo {path} {BASE_URL}/{path.name}"
+    return shlex.join(["curl", "--create-dirs", "-fLo", str(path), f"{BASE_URL}/{path.name}"])
 
 
 def _cached(abis: Sequence[str], deadline: Deadline) -> tuple[Path, list[str]]:

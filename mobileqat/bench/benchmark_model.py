@@ -95,6 +95,8 @@ def _input_flags(inputs: Sequence[tuple[str, Sequence[int], str]]) -> dict[str, 
     for name, _, path in inputs:
         if "," in name or "," in path:
             raise DeviceError(f"benchmark_model separates inputs by commas. Received: an input '{name}' from '{path}'.")
+        if "\0" in name:
+            raise DeviceError(f"No command line holds a zero byte. Received: an input {name!r}.")
     return {
         "input_layer": ",".join(name for name, _, _ in inputs),
         "input_layer_shape": ":".join(",".join(map(str, shape)) for _, shape, _ in inputs),

@@ -57,7 +57,10 @@ def core_numbers(cpus: str | None) -> list[int]:
     Raises:
         DeviceError: it is no such list.
     """
-    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in cpus.split(",")] if cpus is not None else []
+    # As many digits as a core's number may have: a range is written out.
+    parts = (
+        [re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part) for part in cpus.split(",")] if cpus is not None else []
+    )
     numbers = [n for part in parts if part for n in range(int(part[1]), int(part[2] or part[1]) + 1)]
     if not all(parts) or (parts and not numbers):
         raise DeviceError(f"Expected cores as a list such as 0 or 0,4-7. Received: '{cpus}'")
@@ -90,7 +93,7 @@ def run_command(
         )
     except subprocess.TimeoutExpired:
         raise DeviceError(f"{what} was stopped after {timeout_s:g} s.") from None
-    except OSError as error:
+    except (OSError, ValueError) as error:  # no argument can hold a zero byte
         raise DeviceError(f"{what} cannot be started: {error}") from error
 
 

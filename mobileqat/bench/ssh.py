@@ -24,8 +24,10 @@ from mobileqat.bench.child import WORKER, core_numbers, measurements, read_resul
 from mobileqat.bench.record import Check, Job, Measurement, Outcome, Settings
 from mobileqat.errors import DeviceError
 
+# ssh puts user and host into command lines of its configuration: neither has a character that a shell knows.
 _NAME = re.compile(
-    r"ssh://(?:(?P<user>[^@/?:]+)@)?(?P<host>\[[^]]+\]|[^-@/?:][^@/?:]*)(?::(?P<port>\d+))?/?(?:\?python=(?P<python>.+))?"
+    r"ssh://(?:(?P<user>\w[\w.+-]*)@)?(?P<host>\[[\w:.%]+\]|\w[\w.-]*)(?::(?P<port>[0-9]{1,5}))?/?(?:\?python=(?P<python>.+))?",
+    re.ASCII,
 )
 _OPTIONS = {
     "BatchMode": "yes",
@@ -97,15 +99,17 @@ class Ssh:
         return Outcome(measured, "ms", settings.runtime, version, device, warnings)
 
     def check(self) -> list[Check]:
-        address = " ".join(["ssh", *self._login, self._host])
-        install = f"{address} {self._python} -m pip install numpy ai-edge-litert"
+        address = shlex.join(["ssh", *self._login, self._host])
+        # Quoted for the shell there, and as a whole for the one here.
+        python = shlex.quote(shlex.quote(self._python))
+        install = f"{address} {python} -m pip install numpy ai-edge-litert"
         if shutil.which("ssh") is None:
             return [Check("the program ssh", None, "apt install openssh-client")]
         try:
             with tempfile.TemporaryDirectory(prefix="mobileqat-ssh-") as folder:
                 report = self._call(b"", Path(folder), {"board.json"}, 0.0)
         except DeviceError as error:
-            return [Check(f"a connection to {self.name} ({error})", None, f"{address} {self._python} --version")]
+            return [Check(f"a connection to {self.name} ({error})", None, f"{address} {python} --version")]
         device, packages = report["device"], report["packages"]
         runtimes = [f"{package} {packages[package]}" for package in board.PACKAGES[1:] if package in packages]
         return [
@@ -148,7 +152,7 @@ class Ssh:
             )
         except subprocess.TimeoutExpired:
             raise DeviceError(f"The connection to {self.name} was closed after {limit_s:g} s.") from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # no argument can hold a zero byte
             raise DeviceError(f"ssh cannot be started ({error}): apt install openssh-client") from error
 
     def _reason(self, done: subprocess.CompletedProcess[bytes]) -> str:
@@ -175,7 +179,8 @@ class Ssh:
         except DeviceError as error:
             if "No module named" not in str(error):
                 raise
-            raise DeviceError(f"{error} On the board: {self._python} -m pip install numpy ai-edge-litert") from None
+            python = shlex.quote(self._python)
+            raise DeviceError(f"{error} On the board: {python} -m pip install numpy ai-edge-litert") from None
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise DeviceError(f"The results of the worker on {self.name} are broken: {error}") from error
 

@@ -5,11 +5,12 @@
 
 Without a test folder a stratified 20 % of the train images, always the same ones, become the test split.
 Names that start with a dot are ignored; any other file that is not an image is an error, so that nothing
-is left out without notice.
+is left out without notice. An image that cannot be read is one, too, unless `broken` says to skip it.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,16 @@ from mobileqat.data.split import hold_out_test
 from mobileqat.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# By what a file holds, whatever its name says: Pillow knows formats that other programs are started for.
+PILLOW_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 PILLOW_MODES = {1: "L", 3: "RGB"}
 
+Listing = dict[str, dict[str, list[Path]]]
 
-def load_image_folder(*, path: str, image_size: tuple[int, int] | None = None, channels: int = 3) -> dict:
+
+def load_image_folder(
+    *, path: str, image_size: tuple[int, int] | None = None, channels: int = 3, broken: str = "refuse"
+) -> dict:
     """Read the image files below `path`.
 
     Args:
@@ -30,6 +37,8 @@ def load_image_folder(*, path: str, image_size: tuple[int, int] | None = None, c
         image_size: (height, width) in pixels to resize to, bilinear with antialiasing; may be None when all
             images have one size already.
         channels: 3 for RGB, 1 for grayscale.
+        broken: what becomes of an image that cannot be read; "refuse" is an error, "skip" leaves it out, and one
+            warning names all such files with the reason of each.
 
     Returns:
         x_* uint8 (n, height, width, channels), y_* int64 (n,), class_names in sorted order.
@@ -37,8 +46,10 @@ def load_image_folder(*, path: str, image_size: tuple[int, int] | None = None, c
     Raises:
         DataError: names the folder or file that is missing, empty, broken, or of another size.
     """
-    _check_options(image_size, channels)
+    _check_options(image_size, channels, broken)
     listing = _list_splits(Path(path))
+    if broken == "skip":
+        listing = _without_broken(path, listing, channels)
     files = [file for classes in listing.values() for class_files in classes.values() for file in class_files]
     x = _read_images(files, image_size, channels)
     arrays: dict = {"class_names": list(listing["train"])}
@@ -58,7 +69,7 @@ def read_image(path: Path, image_size: tuple[int, int] | None, channels: int) ->
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PILLOW_FORMATS) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 # Pillow would clip these to 0..255 without a word.
                 raise DataError(f"{path} has more than 8 bits per channel ({image.mode}). Convert it.")
@@ -74,7 +85,9 @@ def read_image(path: Path, image_size: tuple[int, int] | None, channels: int) ->
         raise DataError(f"cannot read the image {path}: {error}. Replace or remove it.") from error
 
 
-def _check_options(image_size, channels) -> None:
+def _check_options(image_size, channels, broken) -> None:
+    if broken not in ("refuse", "skip"):
+        raise DataError(f"broken must be 'refuse' or 'skip'. Received: broken={broken!r}")
     if channels not in PILLOW_MODES:
         raise DataError(f"channels must be 1 (grayscale) or 3 (RGB). Received: channels={channels!r}")
     if image_size is not None and not (
@@ -89,7 +102,7 @@ def _visible(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _list_splits(root: Path) -> dict[str, dict[str, list[Path]]]:
+def _list_splits(root: Path) -> Listing:
     """The image files of each class of each split; train comes first."""
     if not root.is_dir():
         raise DataError(f"{root} is not a folder. Set path to the folder that holds the class folders.")
@@ -132,6 +145,28 @@ def _list_images(folder: Path) -> list[Path]:
                 "Move it out of the class folder."
             )
     return files
+
+
+def _without_broken(path: str, listing: Listing, channels: int) -> Listing:
+    """The files that can be read; the others are named in one warning."""
+    problems: dict[Path, str] = {}
+    for file in (file for classes in listing.values() for files in classes.values() for file in files):
+        try:
+            read_image(file, (1, 1), channels)
+        except DataError as error:
+            problems[file] = str(error)
+    if problems:
+        reasons = "".join(f"\n  {reason}" for reason in problems.values())
+        warnings.warn(f"{path}: {len(problems)} broken images are left out:{reasons}", stacklevel=3)
+    kept = {
+        split: {name: [file for file in files if file not in problems] for name, files in classes.items()}
+        for split, classes in listing.items()
+    }
+    for split, classes in kept.items():
+        for name, files in classes.items():
+            if not files:
+                raise DataError(f"{path}: no image of class {name!r} in the {split} split can be read. Replace them.")
+    return kept
 
 
 def _read_images(files: list[Path], image_size: tuple[int, int] | None, channels: int) -> np.ndarray:

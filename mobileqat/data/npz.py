@@ -6,6 +6,7 @@ members are held against a limit before anything is decompressed; `zipfile` read
 
 from __future__ import annotations
 
+import math
 import zipfile
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def read_npz(path: Path, limit_bytes: int = LIMIT_BYTES) -> dict[str, np.ndarray
                     f"{path} unpacks to {declared_bytes} bytes; expected at most {limit_bytes}. "
                     "If you trust the file, raise the option limit_bytes."
                 )
+            for member in archive.zip.infolist():
+                _check_header(path, archive.zip, member)
             return {key: archive[key] for key in archive.files}
     except DataError:
         raise
@@ -52,3 +55,19 @@ def read_npz(path: Path, limit_bytes: int = LIMIT_BYTES) -> dict[str, np.ndarray
         raise DataError(
             f"{path} is damaged or holds Python objects: {error}. Write plain arrays with numpy.savez."
         ) from error
+
+
+def _check_header(path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """NumPy makes room for what an array's header says before it reads the values: as many there have to be."""
+    if not member.filename.endswith(".npy"):
+        return
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    declared_bytes = math.prod(shape) * dtype.itemsize
+    if not dtype.hasobject and declared_bytes > member.file_size:
+        raise DataError(
+            f"{path} is damaged: {member.filename} says it has shape {shape} of {dtype}, {declared_bytes} bytes, and "
+            f"has {member.file_size}. Write plain arrays with numpy.savez."
+        )

@@ -23,6 +23,7 @@ import numpy as np
 
 from mobileqat.errors import ModelError
 from mobileqat.legacy.translate import QUANTIZE_LAYER, WRAPPERS, Part, Translation
+from mobileqat.models.archive import check_model_file
 
 # Variables of Keras 3 that other names belong to in Keras 2.
 RENAMED_VARIABLES = {"depthwise_kernel": "kernel"}
@@ -38,6 +39,8 @@ def read_config(path: Path) -> dict:
     Raises:
         ModelError: a file that is missing, broken, or holds weights only.
     """
+    if path.exists():
+        check_model_file(path, looks_for_code=False)
     try:
         if path.suffix == ".keras":
             with zipfile.ZipFile(path) as archive:

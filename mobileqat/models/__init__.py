@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import json
 import os
 import sys
 import zipfile
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobileqat.errors import ModelError
+from mobileqat.models.archive import check_model_file
 from mobileqat.models.mobilenets import mobilenet_v2, mobilenet_v3_small
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         build: makes the model that a weights file belongs to.
 
     Raises:
-        ModelError: a file that is missing, truncated, not Keras's, needs unsafe deserialization, holds NaN weights,
+        ModelError: a file that is missing, truncated, not Keras's, unsafe to load (see `archive`), holds NaN weights,
             or whose weights do not fit the model.
     """
     import keras
@@ -215,6 +215,7 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         raise ModelError(f"'{path}' is not a .keras or .h5 file.")
     if path.suffix == ".keras" and not zipfile.is_zipfile(path):
         raise ModelError(f"'{path}' is empty, truncated or not written by Keras 3: a .keras file is a zip archive.")
+    check_model_file(path)
     try:
         if _holds_weights_only(path):
             if build is None:
@@ -223,7 +224,9 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
             model.load_weights(path)
         else:
             model = keras.models.load_model(path, compile=False, safe_mode=True)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a wrong configuration makes Keras and TensorFlow raise whatever they like
         if "safe_mode" in str(error) or "unsafe" in str(error):
             raise ModelError(
                 f"'{path}' holds Python code (a Lambda layer or a pickled function), which loading would run. Replace "
@@ -232,6 +235,8 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:3])[:500]
         raise ModelError(f"'{path}' cannot be loaded as a Keras 3 model or weights: {reason}") from error
+    if not isinstance(model, keras.Model):
+        raise ModelError(f"'{path}' holds a {type(model).__name__}, expected a Keras 3 model.")
     check_finite_weights(model)
     return model
 
@@ -242,10 +247,7 @@ def _holds_weights_only(path: Path) -> bool:
     import h5py
 
     with h5py.File(path, "r") as file:
-        if "model_config" in file.attrs:
-            json.loads(file.attrs["model_config"])
-            return False
-        return True
+        return "model_config" not in file.attrs
 
 
 def check_finite_weights(model: keras.Model) -> None:
