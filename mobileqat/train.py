@@ -98,20 +98,16 @@ def fit(
         if settings.freeze_oscillations:
             memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
             all_callbacks.insert(0, memories["oscillations"])
-    if log_dir is not None:
-        all_callbacks.append(keras.callbacks.TensorBoard(log_dir, write_graph=False))
     checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories)
     goes_on = checkpoint.restore(trained.optimizer)
     # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.
     initial = trained.evaluate(validation.take(1) if goes_on else validation, verbose=0, return_dict=True)
     if not goes_on:
         recorder.begin(initial["accuracy"])
-    all_callbacks.append(checkpoint)
-    callback_list = keras.callbacks.CallbackList(
-        all_callbacks, add_history=True, model=trained, epochs=settings.epochs, steps=train.steps
-    )
     try:
         for first, end, step in checkpoint.stretches(settings.epochs):
+            # TensorBoard's writers end with a stretch; the checkpoint comes last, when the others have done their part.
+            boards = [keras.callbacks.TensorBoard(log_dir, write_graph=False)] if log_dir is not None else []
             trained.fit(
                 train.from_step(step),
                 initial_epoch=first,
@@ -119,7 +115,13 @@ def fit(
                 validation_data=validation,
                 shuffle=False,
                 verbose=0,
-                callbacks=callback_list,
+                callbacks=keras.callbacks.CallbackList(
+                    [*all_callbacks, *boards, checkpoint],
+                    add_history=True,
+                    model=trained,
+                    epochs=settings.epochs,
+                    steps=train.steps,
+                ),
             )
     except tf.errors.InvalidArgumentError as error:
         if "is not in [0, " not in str(error):

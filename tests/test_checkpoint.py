@@ -90,7 +90,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_goes_on_from_any_step(dataset, kind, always):
+def test_training_goes_on_from_any_step(dataset, kind, always, tmp_path):
     make, settings = KINDS[kind]
     arguments = () if kind == "float" else (dataset,)
     options = {"seed": 3, "augment": Augment(shift=1), "teacher": None if kind == "float" else float_model()}
@@ -101,7 +101,8 @@ def test_training_goes_on_from_any_step(dataset, kind, always):
     for index in (0, 2, steps - 1, steps, 2 * steps + 3, len(everything.written) - 1):
         keras.utils.set_random_seed(99)  # an interrupted process has another past
         resumed = make(*arguments)
-        again = fit(resumed, dataset, settings, storage=Memory(everything.written[index]), **options)
+        storage = Memory(everything.written[index])
+        again = fit(resumed, dataset, settings, storage=storage, log_dir=tmp_path, **options)
         for a, b in zip(resumed.get_weights(), whole.get_weights(), strict=True):
             np.testing.assert_array_equal(a, b)
         assert again.best_epoch == history.best_epoch

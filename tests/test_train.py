@@ -211,8 +211,10 @@ def feature_error(quantized, teacher, x, index=1):
 def test_features_follow_the_teacher(dataset):
     """The chosen layer comes nearer to the float model's, which labels alone drive away from it."""
     teacher = float_model()
-    quantized = quantized_model(dataset)
-    settings = {"epochs": 2, "learning_rate": 0.01, "batch_size": 16, "distillation": 0.0, "keep_best": False}
+    fit(teacher, dataset, Training(epochs=3, learning_rate=0.01, batch_size=16))  # statistics that fit the data
+    quantized = quantize_model(teacher)
+    calibrate(quantized, dataset.train.x)
+    settings = {"epochs": 3, "learning_rate": 0.01, "batch_size": 16, "distillation": 0.0, "keep_best": False}
     fit(quantized, dataset, QatTraining(**settings), teacher=teacher)
     apart = feature_error(quantized, teacher, dataset.validation.x)
     fit(quantized, dataset, QatTraining(**settings, distillation_features=("conv*",)), teacher=teacher)

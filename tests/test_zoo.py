@@ -10,7 +10,7 @@ import pytest
 from zoo import ARCHITECTURES, Architecture, give_trained_statistics, pixels, run
 
 from mobileqat import calibrate, convert, inspect, quantize_model, verify
-from mobileqat.calibrate import _activations
+from mobileqat.calibrate import float_activations
 
 LONG = {name: architecture for name, architecture in ARCHITECTURES.items() if architecture.until}
 
@@ -54,7 +54,7 @@ def check(architecture: Architecture, whole: bool) -> None:
 
 def check_rewritten(quantized, samples: list[np.ndarray], expected: list[np.ndarray]) -> None:
     """Before anything is rounded, the operators compute what the float model does."""
-    tensors = _activations(quantized, samples)
+    tensors = float_activations(quantized, samples)
     for name, real in zip(quantized.plan.outputs, expected, strict=True):
         assert np.abs(tensors[name] - real).max() <= 2e-3 * np.abs(real).max(), name
 

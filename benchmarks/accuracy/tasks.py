@@ -32,7 +32,7 @@ class Task:
         recipe: a shipped recipe by name.
         edges: patterns of the first and the last layer, which stay at 8 bits in the mixed scheme.
         overrides: for every cell of the task, beside those of the scheme.
-        w4: further overrides for 4-bit weights: their training needs larger steps.
+        w4: further overrides for 4-bit weights: their training takes longer.
         tfmot_batch: batch size of TFMOT, small enough that its moving averages arrive in a few epochs.
         trains: whether there is data to train on.
         keras2: SavedModel below MOBILEQAT_DATA to import as the float model.
@@ -61,26 +61,24 @@ TASKS = {
         "MobileNetV1-0.25, Fashion-MNIST",
         "fashion_mnist_mobilenetv1_w8a8",
         ("conv", "classes"),
-        {"qat.epochs": 2},
-        w4={"qat.learning_rate": 1e-3, "qat.epochs": 6},
+        w4={"qat.epochs": 6},
     ),
     "mobilenetv3": Task(
         "MobileNetV3-Small-0.5, CIFAR-10",
         "cifar10_mobilenetv3_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3, "qat.epochs": 8},
+        w4={"qat.epochs": 8},
     ),
     "fsdd": Task(
         "DS-CNN, spoken digits (FSDD, official split)",
         "fsdd_dscnn_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3, "qat.epochs": 16},
     ),
     "trashnet": Task(
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
         "trashnet_mobilenetv2_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-3, "qat.epochs": 16},
+        w4={"qat.epochs": 16},
         tfmot_batch=16,
     ),
     "kws": Task(
