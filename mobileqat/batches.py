@@ -26,42 +26,60 @@ class TrainingBatches:
         seed: of order and augmentation.
 
     Attributes:
-        epoch: from 0; whoever iterates over batches sets it before.
         steps: of a whole epoch.
+
+    Several replicas share a batch in equal parts; of the last one up to `replicas - 1` samples are left out for that.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, augment: Augment | None, seed: int):
+    def __init__(self, dataset: Dataset, batch_size: int, augment: Augment | None, seed: int, replicas: int = 1):
         self._x, self._y = tf.constant(dataset.train.x), tf.constant(one_hot(dataset, dataset.train.y))
         self._batch_size = batch_size
         self._seed = seed
-        self.epoch = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.steps = -(-len(dataset.train.x) // batch_size)
+        self._replicas = replicas
+        whole, rest = divmod(len(dataset.train.x), batch_size)
+        self.steps = whole + (rest >= replicas)
         self._augment = augment
 
-    def from_step(self, start: int = 0) -> tf.data.Dataset:
-        """The batches of `epoch` from a step on, to be iterated once per epoch."""
-        # The variable is read when an iterator takes its first element, so each epoch has its own order.
-        steps = tf.data.Dataset.range(1).flat_map(lambda _: self._steps(start))
-        batches = steps.map(lambda seed, chosen: self._gather(chosen), num_parallel_calls=tf.data.AUTOTUNE)
+    def starting(self, epoch: int = 0, step: int = 0, parts: range = range(1)) -> tf.data.Dataset:
+        """The batches from a step of an epoch on (both from 0), without an end: epoch follows epoch.
+
+        Args:
+            parts: which of the replicas' parts of each batch, one after the other.
+        """
+        epochs = tf.data.Dataset.range(epoch, tf.int64.max)
+        steps = epochs.flat_map(lambda number: self._steps(number, tf.where(number == epoch, step, 0), parts))
+        batches = steps.map(lambda drawn, chosen: self._gather(chosen), num_parallel_calls=tf.data.AUTOTUNE)
         augment = self._augment
         if augment is not None and (augment.flip or augment.shift or augment.cutout):
-            seeds = steps.map(lambda seed, chosen: seed)
-            batches = augment_images(batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seeds)
-        return batches.apply(tf.data.experimental.assert_cardinality(self.steps - start)).prefetch(tf.data.AUTOTUNE)
+            batches = augment_images(
+                batches,
+                flip=augment.flip,
+                shift=augment.shift,
+                cutout=augment.cutout,
+                seed=steps.map(lambda drawn, chosen: drawn),
+                parts=self._replicas,
+            )
+        # Without an end there is no replica that lacks data at the end, which `tf.distribute` else looks for.
+        endless = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
+        return batches.apply(endless).prefetch(tf.data.AUTOTUNE)
 
-    def _steps(self, start: int) -> tf.data.Dataset:
-        """Seeds for augmentation, int64 [3, 2], and indices of samples, of every step from `start` on."""
+    def _steps(self, epoch, start, parts: range) -> tf.data.Dataset:
+        """`((seeds for augmentation, int64 [3, 2], part), indices of samples)` of every step from `start` on."""
         # Three words of entropy into the two that stateless generators take.
-        key = tf.random.experimental.stateless_fold_in(tf.constant([self._seed, 0], tf.int64), self.epoch)
+        key = tf.random.experimental.stateless_fold_in(tf.constant([self._seed, 0], tf.int64), epoch)
         order = tf.random.experimental.stateless_shuffle(tf.range(len(self._x)), key)
-        steps = tf.data.Dataset.from_tensor_slices(order).batch(self._batch_size).enumerate().skip(start)
+        steps = tf.data.Dataset.from_tensor_slices(order).batch(self._batch_size).take(self.steps)
 
-        def with_seeds(step, chosen):
+        def in_parts(step, chosen):
             folded = tf.random.experimental.stateless_fold_in(key, step)
             bounds = {"minval": None, "maxval": None, "dtype": tf.int64}
-            return tf.random.stateless_uniform([3, 2], folded, **bounds), chosen
+            seeds = tf.random.stateless_uniform([3, 2], folded, **bounds)
+            size = tf.size(chosen) // self._replicas
+            return tf.data.Dataset.range(parts.start, parts.stop, output_type=tf.int32).map(
+                lambda part: ((seeds, part), chosen[part * size : (part + 1) * size])
+            )
 
-        return steps.map(with_seeds)
+        return steps.enumerate().skip(tf.cast(start, tf.int64)).flat_map(in_parts)
 
     def _gather(self, chosen):
         return tf.gather(self._x, chosen), tf.gather(self._y, chosen)

@@ -42,6 +42,7 @@ class Checkpoint(keras.callbacks.Callback):
         watched: the model whose variables count; a teacher's do not change.
         batches: whose position is kept.
         memories: callbacks that remember something, by name.
+        with_metrics: keep the metrics of an epoch that has begun; on several machines they are spread over these.
 
     It has to be the last callback, so that it sees what the others have done.
     """
@@ -54,12 +55,14 @@ class Checkpoint(keras.callbacks.Callback):
         watched: keras.Model,
         batches: TrainingBatches,
         memories: Mapping[str, Memory],
+        with_metrics: bool = True,
     ):
         super().__init__()
         self.storage = storage
         self.watched = watched
         self.batches = batches
         self.memories = memories
+        self.with_metrics = with_metrics
         self.epoch = self.step = 0  # where training goes on, from 0
         self._metrics: list[np.ndarray] | None = None
         self._written = time.monotonic()
@@ -96,8 +99,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         start = self.step if epoch == self.epoch else 0
-        self.batches.epoch.assign(epoch)
-        if self._metrics is not None:  # Keras has just reset them
+        if self._metrics and self.with_metrics:  # Keras has just reset them
             _assign(self.model.metrics_variables, self._metrics)
             self._metrics = None
         self._position = [epoch, start]
@@ -114,7 +116,7 @@ class Checkpoint(keras.callbacks.Callback):
         groups: dict[str, Sequence[np.ndarray]] = {
             "model": _values(self.watched.variables),
             "optimizer": _values(self.model.optimizer.variables),
-            "metrics": _values(self.model.metrics_variables),
+            "metrics": _values(self.model.metrics_variables) if self.with_metrics else [],
         }
         remembered = {}
         for name, memory in self.memories.items():

@@ -178,6 +178,8 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
     settings = load_recipe(recipe, overrides)
     if resume and out is None:
         raise click.UsageError("--resume needs --out, the directory of the run to continue.")
+    if settings.distribute == "multi_worker" and out is None:
+        raise click.UsageError("distribute: multi_worker needs --out, a directory that all workers share.")
     directory = out or Path("runs") / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
     from mobileqat import pipeline
@@ -186,11 +188,12 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
     display = RunDisplay(quiet=as_json)
     try:
         with display.log_to(directory):
-            pipeline.train(settings, directory, resume=resume, display=display)
+            results = pipeline.train(settings, directory, resume=resume, display=display)
     except (InspectionError, ParityError):
         _show_report(directory, as_json)
         raise
-    _show_report(directory, as_json)
+    if results:  # the chief has them
+        _show_report(directory, as_json)
 
 
 @command

@@ -80,8 +80,11 @@ class Distillation(keras.Model):
         )
         student = ops.log_softmax(self.student_log_probabilities(y_pred) / self.temperature, axis=-1)
         divergence = ops.mean(ops.sum(ops.exp(teacher) * (teacher - student), axis=-1))
-        loss = (1 - self.weight) * loss + self.weight * self.temperature**2 * divergence
-        return loss + self.feature_weight * self._feature_loss(x) if self.features else loss
+        added = self.weight * self.temperature**2 * divergence
+        if self.features:
+            added += self.feature_weight * self._feature_loss(x)
+        # Keras's own loss is a replica's share already, since the replicas' gradients are summed.
+        return (1 - self.weight) * loss + added / tf.distribute.get_strategy().num_replicas_in_sync
 
     def _feature_loss(self, x):
         assert self.twin is not None

@@ -11,6 +11,7 @@
     ├── LegacyUnavailableError     tf_keras or TFMOT is not installed
     ├── CalibrationError           activation ranges missing, collapsed or not finite
     ├── RunDirectoryError          a run directory: locked, from another recipe, not writable
+    ├── ClusterError               a training on several machines: set up wrongly, or a worker was lost
     └── CheckFailed                exit 1: the request was carried out and a check did not pass
         ├── TrainingError          a loss or weight became NaN or infinite
         ├── InspectionError        a file that should be fully integer is not
@@ -73,6 +74,10 @@ class CalibrationError(MobileQatError):
 
 class RunDirectoryError(MobileQatError):
     """A run directory cannot be used."""
+
+
+class ClusterError(MobileQatError):
+    """Workers cannot train together, or no longer."""
 
 
 class CheckFailed(MobileQatError):

@@ -137,6 +137,15 @@ def round_weights(scaled, spec: QuantSpec):
     return tf.clip_by_value(tf.round(scaled), spec.qmin, spec.qmax)
 
 
+def _range_of_all_replicas(batch):
+    """The range of the whole batch, float32 [2], where several replicas have parts of it; the same on each."""
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return batch
+    ranges = replica.all_gather(batch[tf.newaxis], axis=0)
+    return tf.stack([tf.reduce_min(ranges[:, 0]), tf.reduce_max(ranges[:, 1])])
+
+
 @keras.saving.register_keras_serializable("mobileqat")
 class FakeQuantize(keras.layers.Layer):
     """The grid of a group of activation tensors that share scale and zero point.
@@ -171,7 +180,8 @@ class FakeQuantize(keras.layers.Layer):
         self.estimator = "clipped"
         self.supports_jit = True
         if self.is_learned:
-            float32 = {"dtype": "float32", "trainable": False, "autocast": False}
+            # All replicas assign the same values, see `observe`.
+            float32 = {"dtype": "float32", "trainable": False, "autocast": False, "aggregation": "only_first_replica"}
             count = len(self.members)
             self.range_sum = self.add_weight(name="range_sum", shape=(count, 2), initializer="zeros", **float32)
             self.range_weight = self.add_weight(name="range_weight", shape=(count,), initializer="zeros", **float32)
@@ -259,7 +269,7 @@ class FakeQuantize(keras.layers.Layer):
     def observe(self, x, member: str, ema_decay: float | None = None) -> None:
         """Moves a member's range towards the range of this batch, by the layer's `ema_decay` or another."""
         row = self.members.index(member)
-        batch = tf.stack([tf.reduce_min(x), tf.reduce_max(x)])
+        batch = _range_of_all_replicas(tf.stack([tf.reduce_min(x), tf.reduce_max(x)]))
         own_decay = self.ema_decay if ema_decay is None else ema_decay
         decay = tf.one_hot(row, len(self.members)) * (own_decay - 1.0) + 1.0
         self.range_sum.assign(self.range_sum * decay[:, None] + (1.0 - decay)[:, None] * batch)

@@ -45,6 +45,7 @@ from mobileqat.bias_correction import BiasCorrection, correct_bias
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, classes_not_calibrated, load_dataset
+from mobileqat.distribute import from_chief, is_multi_worker, lost_workers, make_strategy, worker_index
 from mobileqat.equalize import equalize
 from mobileqat.errors import (
     CalibrationError,
@@ -64,7 +65,7 @@ from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
 from mobileqat.recipe import PathSource, Recipe, dump_recipe
 from mobileqat.rules import GONE
-from mobileqat.rundir import RunDirectory, write_whole
+from mobileqat.rundir import RunDirectory, SharedDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.schemes import get_scheme
 from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
@@ -72,6 +73,7 @@ from mobileqat.train import fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
+TRAINED_TOGETHER = ("float", "qat")  # the steps that take part in `distribute`; the chief does the others
 
 
 class Display(Protocol):
@@ -86,10 +88,17 @@ class Display(Protocol):
 class Run:
     """One run: the recipe, its directory, and what the steps share. Models are loaded from disk when resumed."""
 
-    def __init__(self, recipe: Recipe, directory: RunDirectory, display: Display | None = None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        directory: RunDirectory | SharedDirectory,
+        display: Display | None = None,
+        strategy: tf.distribute.Strategy | None = None,
+    ):
         self.recipe = recipe
-        self.directory = directory
+        self.directory: Any = directory
         self.display = display
+        self.strategy = strategy or tf.distribute.get_strategy()
         self.created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         self.steps: list[dict] = []
         self.failures: list[CheckFailed] = []
@@ -123,7 +132,8 @@ class Run:
         return ["float", "ptq", "qat"] if self.recipe.qat.enabled else ["float", "ptq"]
 
     def keep_model(self, variant: str, model: keras.Model) -> None:
-        self._models[variant] = model
+        if self.strategy.num_replicas_in_sync == 1:  # else it is read back, with variables of one device
+            self._models[variant] = model
         self.directory.write(f"models/{variant}.keras", model.save)
 
     def model(self, variant: str) -> Any:
@@ -141,6 +151,10 @@ class Run:
     def outputs(self, variant: str) -> dict[str, np.ndarray]:
         with np.load(self.directory.path / "outputs" / f"{variant}.npz") as arrays:
             return dict(arrays)
+
+    def log_dir(self, step: str) -> Path | None:
+        """Where TensorBoard's events of a training go; workers beside the chief leave none."""
+        return None if worker_index(self.strategy) else self.directory.path / "tensorboard" / step
 
     def training_callbacks(self, name: str, epochs: int) -> list[keras.callbacks.Callback]:
         return [self.display.training(name, epochs)] if self.display else []
@@ -187,7 +201,8 @@ def _float(run: Run) -> dict:
             )
         return models.build_model(recipe.model.name, data.train.x.shape[1:], len(data.class_names), recipe.model.args)
 
-    model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
+    with run.strategy.scope():
+        model = models.load_model(recipe.model.weights, build) if recipe.model.weights else build()
     if not getattr(model, "inputs", None):  # subclassed: as one layer on the data's inputs
         inputs = keras.Input(data.train.x.shape[1:], name="input")
         model = keras.Model(inputs, model(inputs), name=model.name)
@@ -205,7 +220,7 @@ def _float(run: Run) -> dict:
         augment=recipe.data.augment,
         seed=recipe.seed,
         callbacks=run.training_callbacks("float", recipe.float.epochs),
-        log_dir=run.directory.path / "tensorboard" / "float",
+        log_dir=run.log_dir("float"),
         storage=run.directory.checkpoint("float"),
     )
     models.check_finite_weights(model)
@@ -299,12 +314,13 @@ def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
 def _qat(run: Run) -> dict | None:
     if not run.recipe.qat.enabled:
         return None
-    if run.recipe.qat.from_scratch:
-        model = _quantize(run, run.model("initial"))
-        calibrate(model, _calibration_samples(run))
-    else:
-        # A copy by way of the file: the PTQ model stays as it was calibrated.
-        model = models.load_model(run.directory.path / "models" / "ptq.keras")
+    with run.strategy.scope():
+        if run.recipe.qat.from_scratch:
+            model = _quantize(run, run.model("initial"))
+            calibrate(model, _calibration_samples(run))
+        else:
+            # A copy by way of the file: the PTQ model stays as it was calibrated.
+            model = models.load_model(run.directory.path / "models" / "ptq.keras")
     try:
         history = fit(
             model,
@@ -314,7 +330,7 @@ def _qat(run: Run) -> dict | None:
             seed=run.recipe.seed,
             teacher=run.model("float"),
             callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
-            log_dir=run.directory.path / "tensorboard" / "qat",
+            log_dir=run.log_dir("qat"),
             storage=run.directory.checkpoint("qat"),
         )
     except TrainingError as error:
@@ -480,7 +496,7 @@ ENGINES: dict[str, dict[str, Callable[[Any], Any]]] = {"native": STEPS, "tfmot":
 
 
 def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Display | None = None) -> dict:
-    """Runs a recipe.
+    """Runs a recipe; a worker beside the chief of `distribute: multi_worker` takes part in its trainings alone.
 
     Args:
         recipe: from `load_recipe`.
@@ -489,15 +505,19 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
         display: shows progress.
 
     Returns:
-        The content of report.json.
+        The content of report.json; nothing for a worker beside the chief.
 
     Raises:
         CheckFailed: everything ran, and a file is not fully integer or misses parity; the report shows it.
         MobileQatError: a step could not be carried out; what came before it is kept for `resume`.
     """
-    run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display)
     if recipe.deterministic:
         tf.config.experimental.enable_op_determinism()
+    strategy = make_strategy(recipe.distribute)
+    if worker_index(strategy):
+        _take_part(Run(recipe, SharedDirectory(directory), None, strategy))
+        return {}
+    run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display, strategy)
     try:
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
         for name, step in ENGINES[recipe.engine].items():
@@ -515,6 +535,15 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
     return results
 
 
+def _take_part(run: Run) -> None:
+    """What a worker beside the chief does: the trainings that the chief carries out."""
+    for name in TRAINED_TOGETHER:
+        with lost_workers(run.strategy):
+            if from_chief(run.strategy, 0):
+                keras.utils.set_random_seed(run.recipe.seed)
+                ENGINES["native"][name](run)
+
+
 def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     # Kept only if every step before it was: a step done anew may have other results.
     is_kept = all(step["status"] == "resumed" for step in run.steps)
@@ -523,6 +552,9 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
         run.directory.checkpoint(name).delete()  # of a step that has ended, or that followed others
     if run.display:
         run.display.step(name)
+    if is_multi_worker(run.strategy) and name in TRAINED_TOGETHER:
+        with lost_workers(run.strategy):
+            from_chief(run.strategy, int(finished is None))
     if finished is not None:
         run.end_step(name, "resumed", finished["seconds"], result=finished["result"])
         return
@@ -530,7 +562,8 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     # Each step starts from the seed, so that a resumed run goes on as the run that was not interrupted.
     keras.utils.set_random_seed(run.recipe.seed)
     try:
-        result = step(run)
+        with lost_workers(run.strategy):
+            result = step(run)
     except (Exception, KeyboardInterrupt) as error:
         message = str(error) or type(error).__name__
         run.end_step(name, "failed", time.perf_counter() - started, message=message)

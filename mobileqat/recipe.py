@@ -377,6 +377,10 @@ class Recipe(Section):
         default=False,
         description="use only operators that give the same bits in every run on one machine; some are slower",
     )
+    distribute: Literal["none", "mirrored", "multi_worker"] = Field(
+        default="none",
+        description="train on one device, on all GPUs of this machine, or on the machines of TF_CONFIG",
+    )
     engine: Engine = Field(
         default="native",
         description="native: Keras 3 models; tfmot: tf_keras models, quantized by TensorFlow Model Optimization",
@@ -410,6 +414,8 @@ class Recipe(Section):
                 "a Keras 3 model, expected module:function that returns a tf_keras model, or weights with a whole "
                 f"model for engine tfmot, received {_shown(self.model.name)}",
             )
+        if self.distribute != "none":
+            raise _conflict("distribute", f"not for engine tfmot, expected none, received {self.distribute}")
         defaults = type(self).model_fields
         for key in NATIVE_KEYS:
             section, name = key.split(".")

@@ -147,11 +147,26 @@ class RunDirectory:
         return path
 
 
+class SharedDirectory:
+    """Another process's run directory, as a worker that trains with that process sees it: to be read."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def checkpoint(self, step: str) -> Checkpoint:
+        return Checkpoint(self, f"checkpoints/{step}.npz", read_only=True)
+
+    def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
+        """Nothing: the chief writes this file."""
+        return self.path / name
+
+
 class Checkpoint:
     """One file of arrays in a run directory, replaced whole; `mobileqat.checkpoint` says what is in it."""
 
-    def __init__(self, directory: RunDirectory, name: str):
+    def __init__(self, directory: RunDirectory | SharedDirectory, name: str, read_only: bool = False):
         self.path = directory.path / name
+        self.read_only = read_only
 
     def read(self) -> dict[str, np.ndarray] | None:
         """The arrays, None where there is no checkpoint.
@@ -174,12 +189,14 @@ class Checkpoint:
             ) from error
 
     def delete(self) -> None:
-        self.path.unlink(missing_ok=True)
+        if not self.read_only:
+            self.path.unlink(missing_ok=True)
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         import numpy as np
 
-        write_whole(self.path, lambda path: np.savez(path, allow_pickle=False, **arrays))
+        if not self.read_only:
+            write_whole(self.path, lambda path: np.savez(path, allow_pickle=False, **arrays))
 
 
 def write_whole(path: Path, writer: Callable[[Path], Any]) -> Path:

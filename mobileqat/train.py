@@ -22,7 +22,8 @@ from mobileqat.batches import TrainingBatches, validation_batches
 from mobileqat.checkpoint import Checkpoint, Memory, Storage
 from mobileqat.data import Dataset
 from mobileqat.distillation import distilled, gives_probabilities
-from mobileqat.errors import TrainingError
+from mobileqat.distribute import is_multi_worker, per_replica, prepare, require_same, synchronized_batch_norm
+from mobileqat.errors import ClusterError, TrainingError
 from mobileqat.fakequant import quantize_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
@@ -58,6 +59,9 @@ def fit(
 ) -> History:
     """Trains a classifier in place.
 
+    A model made in the scope of a `tf.distribute` strategy is trained on that strategy's replicas, see
+    `mobileqat.distribute`.
+
     Args:
         model: float, or made by `quantize_model`; its output is probabilities or logits [n, classes].
         dataset: train and validation splits are used.
@@ -70,10 +74,33 @@ def fit(
         storage: where checkpoints are kept; training goes on from the one that is there.
 
     Raises:
+        ClusterError: the replicas cannot share a batch equally, or do not start and end with the same weights.
         TrainingError: the loss, a weight or a range became NaN or infinite; the model keeps the last finite weights.
     """
     keras.utils.set_random_seed(seed)
-    train = TrainingBatches(dataset, settings.batch_size, augment, seed)
+    strategy = model.distribute_strategy
+    if settings.batch_size % strategy.num_replicas_in_sync:
+        raise ClusterError(
+            f"Batches of {settings.batch_size} samples cannot be shared equally by {strategy.num_replicas_in_sync} "
+            "replicas. Make batch_size a multiple of their number."
+        )
+    with strategy.scope(), synchronized_batch_norm(model, strategy.num_replicas_in_sync > 1):
+        return _fit(model, dataset, settings, augment, seed, teacher, callbacks, log_dir, storage, strategy)
+
+
+def _fit(
+    model: keras.Model,
+    dataset: Dataset,
+    settings: Training,
+    augment: Augment | None,
+    seed: int,
+    teacher: keras.Model | None,
+    callbacks: Sequence[keras.callbacks.Callback],
+    log_dir: Path | None,
+    storage: Storage | None,
+    strategy: tf.distribute.Strategy,
+) -> History:
+    train = TrainingBatches(dataset, settings.batch_size, augment, seed, strategy.num_replicas_in_sync)
     validation = validation_batches(dataset)
     trained = model
     if teacher is not None and isinstance(settings, QatTraining):
@@ -98,9 +125,13 @@ def fit(
         if settings.freeze_oscillations:
             memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
             all_callbacks.insert(0, memories["oscillations"])
-    checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories)
+    checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories, with_metrics=not is_multi_worker(strategy))
     goes_on = checkpoint.restore(trained.optimizer)
     # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.
+    if is_multi_worker(strategy):
+        require_same(strategy, model, dataset.train.y)
+    if strategy.num_replicas_in_sync > 1:
+        prepare(trained, strategy, *next(iter(validation.take(1))))
     initial = trained.evaluate(validation.take(1) if goes_on else validation, verbose=0, return_dict=True)
     if not goes_on:
         recorder.begin(initial["accuracy"])
@@ -109,7 +140,8 @@ def fit(
             # TensorBoard's writers end with a stretch; the checkpoint comes last, when the others have done their part.
             boards = [keras.callbacks.TensorBoard(log_dir, write_graph=False)] if log_dir is not None else []
             trained.fit(
-                train.from_step(step),
+                per_replica(strategy, train, first, step),
+                steps_per_epoch=train.steps - step,
                 initial_epoch=first,
                 epochs=end,
                 validation_data=validation,
@@ -132,10 +164,11 @@ def fit(
         if isinstance(model, QuantizedModel):
             freeze(model, observers=False, batch_norm=False)
             _train_with(model)
+    if is_multi_worker(strategy):
+        require_same(strategy, model, dataset.train.y)
     best = recorder.keep()
     if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
-        train.epoch.assign(0)
-        batches = train.from_step().take(settings.reestimate_batch_norm)
+        batches = train.starting().take(settings.reestimate_batch_norm)
         _reestimate(model, trained, batches, validation, settings.keep_best)
     return History(recorder.epochs, recorder.initial_accuracy, best)
 

@@ -20,8 +20,8 @@ def dataset():
 
 
 def epoch_of(batches, epoch, start=0):
-    batches.epoch.assign(epoch)
-    return [(x.numpy(), y.numpy()) for x, y in batches.from_step(start)]
+    count = batches.steps - start
+    return [(x.numpy(), y.numpy()) for x, y in batches.starting(epoch, start).take(count)]
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -35,6 +35,27 @@ def test_batches_are_a_function_of_seed_epoch_and_step(dataset, augment):
             np.testing.assert_array_equal(y, wanted_y)
     assert not np.array_equal(epochs[0][0][0], epochs[1][0][0]), "every epoch has another order"
     assert not np.array_equal(epochs[0][0][0], epoch_of(other, 0)[0][0])
+
+
+def test_epochs_follow_each_other(dataset):
+    batches = TrainingBatches(dataset, 16, AUGMENTS["augmented"], 0)
+    last, first = (x.numpy() for x, _ in batches.starting(3, batches.steps - 1).take(2))
+    np.testing.assert_array_equal(last, epoch_of(batches, 3)[-1][0])
+    np.testing.assert_array_equal(first, epoch_of(batches, 4)[0][0])
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_replicas_have_equal_parts_of_the_same_batches(dataset, augment, replicas):
+    whole = TrainingBatches(dataset, 12, AUGMENTS[augment], 0)
+    shared = TrainingBatches(dataset, 12, AUGMENTS[augment], 0, replicas)
+    parts = [list(shared.starting(1, 1, range(part, part + 1)).take(shared.steps - 1)) for part in range(replicas)]
+    for wanted, *given in zip(epoch_of(whole, 1, 1)[: shared.steps - 1], *parts, strict=True):
+        assert len({len(x) for x, _ in given}) == 1
+        count = len(wanted[0]) // replicas * replicas
+        for index in (0, 1):
+            together = np.concatenate([pair[index] for pair in given])
+            np.testing.assert_array_equal(together, wanted[index][:count])
 
 
 def test_an_epoch_holds_every_sample_once(dataset):

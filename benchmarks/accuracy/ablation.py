@@ -1,4 +1,4 @@
-"""What each technique adds to QAT with 4-bit weights, on the two depthwise nets.
+"""What each technique adds to QAT with 4-bit weights, on the two depthwise nets: two epochs of training each.
 
     MOBILEQAT_DATA=FOLDER python benchmarks/accuracy/ablation.py
 
@@ -23,6 +23,7 @@ BASELINE: Overrides = {
     "quantize.weight_range": "maxabs",
     "quantize.learn_activation_ranges": False,
     "qat.distillation": 0.0,
+    "qat.epochs": 2,
 }
 VARIANTS: dict[str, Overrides] = {
     "baseline": {},

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def augment_images(
-    dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int | tf.data.Dataset
+    dataset: tf.data.Dataset, *, flip: bool, shift: int, cutout: int = 0, seed: int | tf.data.Dataset, parts: int = 1
 ) -> tf.data.Dataset:
     """Augment each image of a batched dataset independently, anew in every epoch.
 
@@ -27,7 +27,8 @@ def augment_images(
             filled with the image's mean per channel (DeVries & Taylor 2017, arXiv:1708.04552); 0 for none.
             The mean is rounded where all pixels of the image are integers.
         seed: with the same seed (and the same `tf.random.set_seed`, if any) epoch k is always the same; or a
-            dataset that gives each batch its own seeds, int64 [3, 2].
+            dataset that gives each batch its own seeds, int64 [3, 2], and which of `parts` it is.
+        parts: equal parts of a larger batch that draws its random numbers as a whole.
 
     Raises:
         DataError: x is not a batch of images of known size, or shift or cutout do not fit that size.
@@ -36,18 +37,23 @@ def augment_images(
 
     height, width = _image_size(dataset, shift, cutout)
 
-    def augment(batch, seeds):
-        x, *rest = batch
+    def augment(batch, drawn):
+        (x, *rest), (seeds, part) = batch, drawn
         count = tf.shape(x)[0]
-        offsets = _uniform(seeds[0], [2, count], -shift, shift)
+
+        def own(numbers):
+            """Of the numbers for the whole batch those for this part of it; samples are the second dimension."""
+            return numbers[:, part * count : (part + 1) * count]
+
+        offsets = own(_uniform(seeds[0], [2, count * parts], -shift, shift))
         rows = _reflect(_shifted(offsets[0], height), height)
         columns = _reflect(_shifted(offsets[1], width), width)
         if flip:
-            is_flipped = _uniform(seeds[1], [count, 1], 0, 1) == 1
+            is_flipped = own(_uniform(seeds[1], [1, count * parts], 0, 1))[0, :, tf.newaxis] == 1
             columns = tf.where(is_flipped, width - 1 - columns, columns)
         x = tf.gather(tf.gather(x, rows, axis=1, batch_dims=1), columns, axis=2, batch_dims=1)
         if cutout:
-            x = _cut_out(x, cutout, seeds[2])
+            x = _cut_out(x, cutout, own(tf.random.stateless_uniform([2, count * parts], seeds[2])))
         return (x, *rest)
 
     batches = tf.data.Dataset.zip(dataset, seed if isinstance(seed, tf.data.Dataset) else _seeds(seed))
@@ -63,7 +69,7 @@ def _seeds(seed: int) -> tf.data.Dataset:
     import tensorflow as tf
 
     draws = tf.data.Dataset.random(seed=seed, rerandomize_each_iteration=True).batch(6)
-    return draws.map(lambda draw: tf.reshape(draw, [3, 2]))
+    return draws.map(lambda draw: (tf.reshape(draw, [3, 2]), 0))
 
 
 def _image_size(dataset: tf.data.Dataset, shift: int, cutout: int) -> tuple[int, int]:
@@ -105,11 +111,11 @@ def _reflect(index: tf.Tensor, size: int) -> tf.Tensor:
     return size - 1 - tf.abs(size - 1 - tf.abs(index))
 
 
-def _cut_out(x: tf.Tensor, side: int, seed: tf.Tensor) -> tf.Tensor:
+def _cut_out(x: tf.Tensor, side: int, centre: tf.Tensor) -> tf.Tensor:
+    """`centre`: float32 [2, n], row and column as shares of the image."""
     import tensorflow as tf
 
-    count, (height, width) = tf.shape(x)[0], x.shape[1:3]
-    centre = tf.random.stateless_uniform([2, count], seed)
+    height, width = x.shape[1:3]
     is_row = _is_within(tf.cast(centre[0] * height, tf.int32), side, height)
     is_column = _is_within(tf.cast(centre[1] * width, tf.int32), side, width)
     is_cut = is_row[:, :, tf.newaxis, tf.newaxis] & is_column[:, tf.newaxis, :, tf.newaxis]
