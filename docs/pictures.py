@@ -214,22 +214,22 @@ def kernel() -> Figure:
         ("round, add, clamp", f"{values['q_out']}", f"zero point {values['z_out']}"),
         ("it stands for", f"{values['real']:.4f}", f"float: {values['float']:.4f}"),
     )
-    drawing, (axes,) = figure(1, width=11.5, height=1.7)
-    axes.set(xlim=(0, len(boxes) * 1.9), ylim=(0, 1))
+    drawing, (axes,) = figure(1, width=8, height=2.8)
+    axes.set(xlim=(0, 6.3), ylim=(0, 2))
     axes.axis("off")
     for index, (title, value, note) in enumerate(boxes):
-        left = index * 1.9 + 0.1
+        left, bottom = index % 3 * 2.1 + 0.25, 1.1 - index // 3
         color = BLUE if index < 5 else GREY
         box = FancyBboxPatch(
-            (left, 0.2), 1.5, 0.62, boxstyle="round,pad=0.02", facecolor="#f4f6f8", edgecolor=color, linewidth=1.2
+            (left, bottom), 1.7, 0.75, boxstyle="round,pad=0.03", facecolor="#f4f6f8", edgecolor=color, linewidth=1.2
         )
         axes.add_patch(box)
-        axes.text(left + 0.75, 0.7, title, ha="center", va="center", color=color, fontsize=9)
-        axes.text(left + 0.75, 0.5, value, ha="center", va="center", fontsize=9, fontweight="bold")
-        axes.text(left + 0.75, 0.31, note, ha="center", va="center", color=GREY, fontsize=8.5)
+        for text, height, style in ((title, 0.63, {"color": color}), (value, 0.38, {"fontweight": "bold"})):
+            axes.text(left + 0.85, bottom + height, text, ha="center", va="center", fontsize=11, **style)
+        axes.text(left + 0.85, bottom + 0.13, note, ha="center", va="center", color=GREY, fontsize=10)
         if index:
             sign = "x" if index == 1 else "→"
-            axes.text(left - 0.2, 0.5, sign, ha="center", va="center", color=GREY, fontsize=12)
+            axes.text(left - 0.2, bottom + 0.38, sign, ha="center", va="center", color=GREY, fontsize=13)
     return drawing
 
 
