@@ -359,6 +359,12 @@ def test_pictures_are_what_the_script_draws(tmp_path):
     assert pictures.dense_example()["q_out"] == -32
 
 
+def test_accuracy_figures_are_those_of_the_results():
+    command = [sys.executable, str(ROOT / "docs/figures.py"), "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}Run: python docs/figures.py"
+
+
 def test_picture_of_the_report_is_small():
     assert (ROOT / "docs/images/report.png").stat().st_size < 200_000
 
