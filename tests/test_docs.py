@@ -361,7 +361,8 @@ def test_pictures_are_what_the_script_draws(tmp_path):
 
 def test_accuracy_figures_are_those_of_the_results():
     command = [sys.executable, str(ROOT / "docs/figures.py"), "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}Run: python docs/figures.py"
 
 
