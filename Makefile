@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The tested versions; some of them need CPython 3.11, and with 3.10 pip chooses.
+PINS := $(shell $(PYTHON) -c 'import sys; print("--constraint constraints.txt" if sys.version_info >= (3, 11) else "")')
 
 .PHONY: demo test test-all arm lint docs clean
 
@@ -29,7 +31,7 @@ docs: $(VENV)/ready
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,docs,tfmot]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PINS) --editable ".[dev,docs,tfmot]"
 	touch $@
 
 clean:
