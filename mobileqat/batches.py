@@ -1,19 +1,26 @@
 """What a training step is fed: shuffled, augmented batches, each a function of seed, epoch and step alone.
 
-So a training that was interrupted goes on with the batch that would have come next, whatever was prefetched.
+So a training that was interrupted goes on with the batch that would have come next, whatever was prefetched. Samples
+that are streamed are read by number, too, a few batches ahead of the step.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
 import tensorflow as tf
 
-from mobileqat.data import Dataset, augment_images
+from mobileqat.data import Dataset, Split, Streamed, augment_images
+from mobileqat.data.stream import batch_size_within_memory
+from mobileqat.errors import DataError
 
 if TYPE_CHECKING:
     from mobileqat.recipe import Augment
+
+AHEAD = 2  # streamed batches that are read at the same time, and that wait: memory holds no more
 
 
 class TrainingBatches:
@@ -31,29 +38,31 @@ class TrainingBatches:
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, augment: Augment | None, seed: int):
-        self._x, self._y = tf.constant(dataset.train.x), tf.constant(one_hot(dataset, dataset.train.y))
+        self._gather = _gatherer(dataset.train, len(dataset.class_names))
+        self._count = len(dataset.train.y)
+        self._ahead = _ahead(dataset.train)
         self._batch_size = batch_size
         self._seed = seed
         self.epoch = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.steps = -(-len(dataset.train.x) // batch_size)
+        self.steps = -(-self._count // batch_size)
         self._augment = augment
 
     def from_step(self, start: int = 0) -> tf.data.Dataset:
         """The batches of `epoch` from a step on, to be iterated once per epoch."""
         # The variable is read when an iterator takes its first element, so each epoch has its own order.
         steps = tf.data.Dataset.range(1).flat_map(lambda _: self._steps(start))
-        batches = steps.map(lambda seed, chosen: self._gather(chosen), num_parallel_calls=tf.data.AUTOTUNE)
+        batches = steps.map(lambda seed, chosen: self._gather(chosen), num_parallel_calls=self._ahead)
         augment = self._augment
         if augment is not None and (augment.flip or augment.shift or augment.cutout):
             seeds = steps.map(lambda seed, chosen: seed)
             batches = augment_images(batches, flip=augment.flip, shift=augment.shift, cutout=augment.cutout, seed=seeds)
-        return batches.apply(tf.data.experimental.assert_cardinality(self.steps - start)).prefetch(tf.data.AUTOTUNE)
+        return batches.apply(tf.data.experimental.assert_cardinality(self.steps - start)).prefetch(self._ahead)
 
     def _steps(self, start: int) -> tf.data.Dataset:
         """Seeds for augmentation, int64 [3, 2], and indices of samples, of every step from `start` on."""
         # Three words of entropy into the two that stateless generators take.
         key = tf.random.experimental.stateless_fold_in(tf.constant([self._seed, 0], tf.int64), self.epoch)
-        order = tf.random.experimental.stateless_shuffle(tf.range(len(self._x)), key)
+        order = tf.random.experimental.stateless_shuffle(tf.range(self._count), key)
         steps = tf.data.Dataset.from_tensor_slices(order).batch(self._batch_size).enumerate().skip(start)
 
         def with_seeds(step, chosen):
@@ -63,16 +72,45 @@ class TrainingBatches:
 
         return steps.map(with_seeds)
 
-    def _gather(self, chosen):
-        return tf.gather(self._x, chosen), tf.gather(self._y, chosen)
-
 
 def validation_batches(dataset: Dataset, batch_size: int = 256) -> tf.data.Dataset:
-    """Batches (x, y) of the validation split, in order."""
-    pairs = dataset.validation.x, one_hot(dataset, dataset.validation.y)
-    return tf.data.Dataset.from_tensor_slices(pairs).batch(batch_size).prefetch(tf.data.AUTOTUNE)
+    """Batches (x, y) of the validation split, in order; smaller ones where samples are large."""
+    split = dataset.validation
+    batch_size = batch_size_within_memory(split.x.shape[1:], batch_size)
+    chosen = tf.data.Dataset.range(len(split.y)).batch(batch_size)
+    gather = _gatherer(split, len(dataset.class_names))
+    return chosen.map(gather, num_parallel_calls=_ahead(split)).prefetch(_ahead(split))
 
 
-def one_hot(dataset: Dataset, labels: np.ndarray) -> np.ndarray:
-    """float32 [n, classes] of labels [n]."""
-    return np.eye(len(dataset.class_names), dtype=np.float32)[labels]
+def _ahead(split: Split) -> int:
+    return AHEAD if isinstance(split.x, Streamed) else tf.data.AUTOTUNE
+
+
+def _gatherer(split: Split, classes: int) -> Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
+    """A function of indices [n] that gives x float32 [n, ...] and y float32 [n, classes], one-hot."""
+    x, labels = split.x, tf.constant(split.y)
+    if not isinstance(x, Streamed):
+        x = tf.constant(x)
+
+    def gather(chosen):
+        if isinstance(x, Streamed):
+            # Which samples these are depends on the indices alone: without state, and so of any order.
+            samples = tf.numpy_function(x.read, [chosen], tf.float32, stateful=False)
+            samples.set_shape([chosen.shape[0], *x.shape[1:]])
+        else:
+            samples = tf.gather(x, chosen)
+        return samples, tf.one_hot(tf.gather(labels, chosen), classes)
+
+    return gather
+
+
+@contextmanager
+def data_errors() -> Iterator[None]:
+    """Makes a DataError again of what TensorFlow makes of one that was raised while a batch was read."""
+    try:
+        yield
+    except tf.errors.UnknownError as error:
+        found = re.search(r"\bDataError: (.*?)\nTraceback \(most recent call last\):", error.message, re.DOTALL)
+        if found is None:
+            raise
+        raise DataError(found[1]) from error
