@@ -97,7 +97,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.files)
 
-    def _first(self) -> tuple[str, tuple[int, int, int]]:
+    def _first(self) -> tuple[str, tuple[int, ...]]:
         if self.image_size is not None:
             return self.files[0], (*self.image_size, self.channels)
         for file in self.files:

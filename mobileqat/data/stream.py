@@ -20,7 +20,7 @@ import numpy as np
 from mobileqat.errors import DataError
 
 STREAM_ABOVE_BYTES = 2 * 2**30  # as float32, which is what training holds
-BATCH_BYTES = 32 * 2**20  # of samples that are in memory for evaluation, as float32
+BATCH_BYTES = 32 * 2**20  # a batch for evaluation, as float32
 IN_FLIGHT = 64  # items that wait for a thread
 
 
@@ -120,7 +120,7 @@ def in_batches(function: Callable[[Any], Any], x: Samples, multiple: int = 64) -
     Args:
         function: of arrays of samples; each of its results depends on its own sample alone.
         x: samples; those in memory are handed over whole.
-        multiple: that the size of a batch is of, so that batches inside of `function` stay what they are.
+        multiple: of which a batch's size is one, so that batches inside of `function` stay what they are.
     """
     if not isinstance(x, Streamed):
         return np.asarray(function(x))

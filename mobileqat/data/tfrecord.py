@@ -1,7 +1,7 @@
 """Images in TFRecord files: `tf.train.Example` records, each an image and its label.
 
     path/train/*.tfrecord, path/test/*.tfrecord, path/validation/*.tfrecord     or
-    path/*.tfrecord, path/*.tfrecord-00000-of-00010                             or a file, or a pattern such as data/*-of-*
+    path/*.tfrecord, path/*.tfrecord-00000-of-00010                             or a file, or a pattern: data/*-of-*
 
 Without these folders a file's name says its split by the word train, test, validation or val; where no name says one,
 all are train. Without test files a stratified 20 % of train, always the same records, become the test split.
@@ -38,7 +38,7 @@ FILE_NAME = re.compile(r"\.tfrecords?(\.gz)?(-\d+-of-\d+)?$")
 SPLIT_WORDS = {"train": "train", "test": "test", "validation": "validation", "val": "validation"}
 HEADER, CHECKSUM = struct.Struct("<QI"), struct.Struct("<I")
 MAX_LABEL = 2**31
-INDEX_TYPES = {"file": np.int32, "number": np.int64, "offset": np.int64, "length": np.int64, "label": np.int64}
+INDEX_TYPES = {"shard": np.int32, "number": np.int64, "offset": np.int64, "length": np.int64, "label": np.int64}
 
 
 class Fields(NamedTuple):
@@ -95,6 +95,10 @@ def load_tfrecord(
     check_options(image_size, channels, broken)
     if raw and image_size is None:
         raise DataError("raw pixels have no size of their own: set image_size to theirs.")
+    if not isinstance(first_label, int) or isinstance(first_label, bool):
+        raise DataError(f"first_label must be a whole number. Received: first_label={first_label!r}")
+    if class_names is not None and not isinstance(class_names, (list, tuple)):
+        raise DataError(f"class_names must be a list of names. Received: class_names={class_names!r}")
     names = None if class_names is None else tuple(map(str, class_names))
     size = None if image_size is None else (image_size[0], image_size[1])
     fields = Fields(image_key, label_key, names, first_label, size, channels, raw)
@@ -109,7 +113,7 @@ def load_tfrecord(
     first_file = 0
     for split, split_files in splits.items():
         # Records lie in the order of the files.
-        bounds = np.searchsorted(index["file"], [first_file, first_file + len(split_files)])
+        bounds = np.searchsorted(index["shard"], [first_file, first_file + len(split_files)])
         chosen = slice(*bounds.tolist())
         arrays |= {f"x_{split}": x[chosen], f"y_{split}": index["label"][chosen]}
         first_file += len(split_files)
@@ -137,7 +141,9 @@ class Records:
         return len(self.index["label"])
 
     def read(self, index: int) -> np.ndarray:
-        file, number, offset, length = (int(self.index[name][index]) for name in ("file", "number", "offset", "length"))
+        file, number, offset, length = (
+            int(self.index[name][index]) for name in ("shard", "number", "offset", "length")
+        )
         where = f"{self.files[file]}, record {number}"
         try:
             with open(self.files[file], "rb") as opened:
@@ -146,10 +152,14 @@ class Records:
         except OSError as error:
             raise DataError(f"cannot read {where}: {error.strerror}. Put the file back.") from error
         header, content, checksum = content[: HEADER.size], content[HEADER.size : -4], content[-4:]
+        changed = f"{where}, has changed since it was indexed, or is damaged. Put the file back as it was."
         is_whole = _has_checksum(header[:8], header[8:]) and _has_checksum(content, checksum)
         if not is_whole or len(content) != length:
-            raise DataError(f"{where}, has changed since it was indexed, or is damaged. Put the file back as it was.")
-        return decode_record(content, where, self.fields)[0]
+            raise DataError(changed)
+        image, label = decode_record(content, where, self.fields)
+        if image.shape != self.shape or label != self.index["label"][index]:
+            raise DataError(changed)
+        return image
 
 
 def decode_record(content: bytes, where: str, fields: Fields) -> tuple[np.ndarray, int]:
@@ -167,7 +177,7 @@ def decode_record(content: bytes, where: str, fields: Fields) -> tuple[np.ndarra
     for key, option in ((fields.image_key, "image_key"), (fields.label_key, "label_key")):
         if key not in features:
             raise DataError(
-                f"{where} has no feature {key!r}; it has {', '.join(sorted(features)) or 'none'}. Set the option {option}."
+                f"{where} has no feature {key!r}; it has {', '.join(sorted(features)) or 'none'}. Set option {option}."
             )
     return _image(features[fields.image_key], where, fields), _label(features[fields.label_key], where, fields)
 
@@ -247,7 +257,7 @@ def _refuse_gzip(files: Sequence[Path]) -> None:
             raise DataError(f"cannot read {file}: {error.strerror}. Correct the path.") from error
         if is_gzip:
             raise DataError(
-                f"{file} is compressed: no record of it can be read without all that come before. Unpack it with gunzip."
+                f"{file} is compressed: none of its records can be read without those before it. Unpack it with gunzip."
             )
 
 
@@ -321,8 +331,8 @@ def _build_index(files: list[Path], fields: Fields, broken: str) -> dict[str, np
         shape, first = shape or tuple(size.tolist()), first or found.where
         if tuple(size.tolist()) != shape:
             raise DataError(
-                f"{found.where} has {size[0]}x{size[1]} pixels (height x width), {first} has {shape[0]}x{shape[1]}. Set "
-                "image_size to resize all images alike."
+                f"{found.where} has {size[0]}x{size[1]} pixels (height x width), {first} has {shape[0]}x{shape[1]}. "
+                "Set image_size to resize all images alike."
             )
         rows.extend((found.file, found.number, found.offset, found.length, label))
     if shape is None:
