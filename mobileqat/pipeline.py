@@ -118,7 +118,7 @@ class Run:
 
     def _require_same_data(self, dataset: Dataset) -> None:
         """A run that goes on with other data would mix two: batches are found by the numbers of samples."""
-        before = self.directory.result("data") or {}
+        before = (self.directory.result("data") or {"result": {}})["result"]
         now = _describe(dataset)
         changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
         if changed:

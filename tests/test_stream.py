@@ -250,6 +250,33 @@ def test_training_on_streamed_data_goes_on_from_any_step(images, monkeypatch):
             assert {**row, "seconds": 0} == {**wanted, "seconds": 0}
 
 
+DETERMINISTIC = """
+    import hashlib, sys
+    import tensorflow as tf
+    from mobileqat.batches import TrainingBatches
+    from mobileqat.data import load_dataset
+    from mobileqat.recipe import Augment
+
+    if sys.argv[2] == "deterministic":
+        tf.config.experimental.enable_op_determinism()
+    tf.random.set_seed(0)
+    dataset = load_dataset("image_folder", path=sys.argv[1], channels=1, stream=True)
+    batches = TrainingBatches(dataset, 16, Augment(shift=1), 3).from_step()
+    print(hashlib.sha256(b"".join(x.numpy().tobytes() + y.numpy().tobytes() for x, y in batches)).hexdigest())
+"""
+
+
+def test_deterministic_mode_gives_the_same_batches(images):
+    """It cannot be switched off again, hence processes of their own."""
+    digests = set()
+    for how in ("deterministic", "deterministic", "as it is"):
+        command = [sys.executable, "-c", textwrap.dedent(DETERMINISTIC), str(images), how]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        digests.add(result.stdout.split()[-1])
+    assert len(digests) == 1
+
+
 def test_errors_keep_their_kind_on_the_way_through_tensorflow(images):
     dataset = load(images, stream=True)
     dataset.train.x.reader.files[:] = [f"{file}.gone" for file in dataset.train.x.reader.files]
