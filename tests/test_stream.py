@@ -14,10 +14,14 @@ from PIL import Image
 from test_checkpoint import Memory, epoch_of
 from test_train import float_model
 
+from mobileqat import pipeline
 from mobileqat.batches import TrainingBatches, data_errors, validation_batches
+from mobileqat.calibrate import calibrate
 from mobileqat.checkpoint import Checkpoint
+from mobileqat.convert import convert
 from mobileqat.data import Streamed, calibration_samples, folder, in_batches, load_dataset, stream
 from mobileqat.errors import DataError
+from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, Training
 from mobileqat.train import fit
 
@@ -269,7 +273,7 @@ DETERMINISTIC = """
 def test_deterministic_mode_gives_the_same_batches(images):
     """It cannot be switched off again, hence processes of their own."""
     digests = set()
-    for how in ("deterministic", "deterministic", "as it is"):
+    for how in ("deterministic", "as it is"):
         command = [sys.executable, "-c", textwrap.dedent(DETERMINISTIC), str(images), how]
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr
@@ -290,6 +294,24 @@ def test_errors_keep_their_kind_on_the_way_through_tensorflow(images):
 
 def fail(x):
     raise DataError("two\nlines")
+
+
+def test_commands_work_on_streamed_data(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BATCH_BYTES", 4 * 64 * 64)  # 64 images
+    streamed, whole = load(images, stream=True), load(images, stream=False)
+    quantized = quantize_model(float_model(), input_range=whole.value_range)
+    calibrate(quantized, calibration_samples(streamed, 32, seed=0))
+    quantized.save(tmp_path / "model.keras")
+    (tmp_path / "model.tflite").write_bytes(convert(quantized))
+    for name in ("model.keras", "model.tflite"):
+        a, b = (pipeline.evaluate_file(tmp_path / name, data, None, "litert", 1) for data in (streamed, whole))
+        assert a == b and a["samples"] == len(whole.test.y)
+    a, b = (
+        pipeline.verify_model(quantized, tmp_path / "model.tflite", data, 20, "litert") for data in (streamed, whole)
+    )
+    assert a == b and a.passed and a.end_to_end.samples == 20
+    a, b = (pipeline.analyze_model(quantized, data, "w8a8", "minmax", 32, 8).to_dict() for data in (streamed, whole))
+    assert a == b
 
 
 # --- memory
