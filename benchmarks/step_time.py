@@ -155,7 +155,7 @@ def save(rows: list[dict], options: argparse.Namespace) -> None:
         "# What a training step costs",
         "",
         f"{facts['date']}, {facts['machine']['cpu']}, {facts['machine']['cores']} cores, {packages}.",
-        f"{options.threads} thread, {options.rounds} rounds of {options.steps} steps, in turns. {options.note}".rstrip(),
+        f"{options.threads} thread, {options.rounds} rounds of {options.steps} steps, in turns. {options.note}",
         "Made by `benchmarks/step_time.py`. Ratios to float Keras 3: CPU time by the median of rounds, in brackets its "
         "quartiles; wall time by the best round. First trace: from the call to the first step's end. Memory: the "
         "process's peak, with TensorFlow.",

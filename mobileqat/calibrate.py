@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat import numerics
+from mobileqat.data.reservoir import reservoir_sample
 from mobileqat.errors import CalibrationError, DataError, ModelError
 from mobileqat.models import check_finite_weights
 from mobileqat.quantize import QuantizedModel
@@ -32,6 +33,8 @@ def calibrate(
     *,
     percentile: float = 99.99,
     batch_size: int = 64,
+    reservoir: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Sets the activation ranges of a quantized model from data.
 
@@ -42,7 +45,10 @@ def calibrate(
         data: an array [n, ...], a list or dict of arrays for several inputs, or an iterable of batches of those.
         method: "minmax", "percentile" or "mse".
         percentile: share of values inside the range, in percent, for "percentile".
-        batch_size: samples per step when `data` is arrays.
+        batch_size: samples per step when `data` is arrays, or comes from a reservoir.
+        reservoir: draw that many samples of all batches, each equally likely, and keep no others in memory: for an
+            iterable that is longer than memory. By default all samples count.
+        seed: of the reservoir.
 
     Raises:
         CalibrationError: a tensor whose values are not finite, or no data at all.
@@ -57,7 +63,7 @@ def calibrate(
     if not isinstance(batch_size, int) or batch_size < 1:
         raise DataError(f"batch_size must be a whole number of at least 1. Received: {batch_size!r}")
     check_finite_weights(model)
-    batches = list(_batches(model, data, batch_size))
+    batches = list(_drawn(model, data, batch_size, reservoir, seed))
     if not batches:
         raise CalibrationError("There is no calibration data: the iterable gave no batch.")
     _check_finite(model, batches)
@@ -86,6 +92,20 @@ def _batches(model: QuantizedModel, data: Any, batch_size: int) -> Iterator[list
         return
     for start in range(0, len(arrays[0]), batch_size):
         yield [array[start : start + batch_size] for array in arrays]
+
+
+def _drawn(
+    model: QuantizedModel, data: Any, batch_size: int, reservoir: int | None, seed: int
+) -> Iterable[list[np.ndarray]]:
+    """Batches of all samples, or of those that a reservoir keeps."""
+    batches = _batches(model, data, batch_size)
+    if reservoir is None:
+        return batches
+    # Copies, since a row of a batch would keep the whole batch in memory.
+    samples = ([array[row].copy() for array in batch] for batch in batches for row in range(len(batch[0])))
+    kept = reservoir_sample(samples, reservoir, seed)
+    parts = (kept[start : start + batch_size] for start in range(0, len(kept), batch_size))
+    return [[np.stack(arrays) for arrays in zip(*part, strict=True)] for part in parts]
 
 
 def _iterable(data: Any) -> Iterable:

@@ -50,10 +50,12 @@ def data_options(required: bool) -> Callable:
         "source",
         required=required,
         metavar="SOURCE",
-        help="digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz or module:function.",
+        help="digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz, tfrecord or module:function.",
     )
-    path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder and npz.")
-    size = click.option("--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder.")
+    path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder, npz and tfrecord.")
+    size = click.option(
+        "--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder and tfrecord."
+    )
     return lambda function: source(path(size(function)))
 
 

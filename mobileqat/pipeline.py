@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from functools import cached_property
+from functools import cached_property, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol, get_args
@@ -44,7 +44,8 @@ from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.bias_correction import BiasCorrection, correct_bias
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import check_ranges, convert, convert_float
-from mobileqat.data import Dataset, calibration_samples, classes_not_calibrated, load_dataset
+from mobileqat.data import Dataset, calibration_samples, classes_not_calibrated, in_batches, load_dataset
+from mobileqat.data.stream import Samples
 from mobileqat.distribute import from_chief, is_multi_worker, lost_workers, make_strategy, worker_index
 from mobileqat.equalize import equalize
 from mobileqat.errors import (
@@ -113,7 +114,7 @@ class Run:
     @cached_property
     def dataset(self) -> Dataset:
         data = self.recipe.data
-        return load_dataset(
+        dataset = load_dataset(
             data.source,
             path=data.path,
             image_size=data.image_size,
@@ -121,9 +122,22 @@ class Run:
             seed=self.recipe.seed,
             **data.options,
         )
+        self._require_same_data(dataset)
+        return dataset
+
+    def _require_same_data(self, dataset: Dataset) -> None:
+        """A run that goes on with other data would mix two: batches are found by the numbers of samples."""
+        before = (self.directory.result("data") or {"result": {}})["result"]
+        now = _describe(dataset)
+        changed = [f"{key} {before[key]} -> {now[key]}" for key in now if key in before and before[key] != now[key]]
+        if changed:
+            raise DataError(
+                f"The data of source '{dataset.name}' has changed since '{self.directory.path}' was started: "
+                f"{'; '.join(changed)}. Put it back as it was, or start a new run with another --out."
+            )
 
     @cached_property
-    def test(self) -> tuple[np.ndarray, np.ndarray]:
+    def test(self) -> tuple[Samples, np.ndarray]:
         limit = self.recipe.evaluate.limit
         return self.dataset.test.x[:limit], self.dataset.test.y[:limit]
 
@@ -174,13 +188,16 @@ def _data(run: Run) -> dict:
         _say(run, f"Calibration sees no sample of {', '.join(missing)}: ranges may not hold what these classes give.")
     return {
         "source": run.recipe.data.source,
-        "class_names": list(data.class_names),
-        "train": len(data.train.x),
-        "validation": len(data.validation.x),
-        "test": len(data.test.x),
+        **_describe(data),
         "calibration": min(count, len(data.train.x)),
         "not_calibrated": missing,
     }
+
+
+def _describe(data: Dataset) -> dict:
+    """What has to be the same when a run goes on."""
+    sizes = {"train": len(data.train.x), "validation": len(data.validation.x), "test": len(data.test.x)}
+    return {"class_names": list(data.class_names), **sizes}
 
 
 def _check_targets(run: Run) -> None:
@@ -402,20 +419,22 @@ def _parity(run: Run) -> dict:
     results: dict[str, Any] = {}
     for variant in run.variants:
         runtime = run.recipe.evaluate.runtime
-        interpreted = np.asarray(Session(run.file(variant), runtime, run.recipe.evaluate.threads).predict(x))
-        simulated = run.model(variant).predict(x, batch_size=64, verbose=0)
+        interpreted = in_batches(Session(run.file(variant), runtime, run.recipe.evaluate.threads).predict, x)
+        simulated = in_batches(partial(run.model(variant).predict, batch_size=64, verbose=0), x)
         run.keep_outputs(variant, interpreted, simulated)
         if variant == "float":
             continue
         # The recipe's bars are for the default runtime, whatever evaluates; others round in their own ways.
+        if runtime != "litert":
+            interpreted = in_batches(Session(run.file(variant), "litert").predict, x)
         result = parity.verify(
             run.model(variant),
             run.file(variant),
-            x,
+            np.asarray(x[: settings.samples]),
             bars=bars,
             operator_samples=settings.samples,
             simulated=simulated,
-            interpreted=interpreted if runtime == "litert" else None,
+            interpreted=interpreted,
         )
         results[variant] = result.to_dict()
         if not result.passed:
@@ -448,7 +467,7 @@ def _bench(run: Run) -> dict | None:
     if not settings.enabled:
         return None
     files = {variant: run.file(variant) for variant in run.variants}
-    vectors = {variant: raw_vectors(content, run.test[0][:VECTORS]) for variant, content in files.items()}
+    vectors = {variant: raw_vectors(content, np.asarray(run.test[0][:VECTORS])) for variant, content in files.items()}
     records: dict[str, list[dict]] = {variant: [] for variant in files}
     for target in map(parse_target, settings.targets):
         taken = {v: content for v, content in files.items() if v != "float" or not target.integer_only}
@@ -685,7 +704,7 @@ def _quantized(
 
 def analyze_model(model: keras.Model, dataset: Dataset, scheme: str, method: str, samples: int, limit: int) -> Analysis:
     """What each layer of a quantized model costs, or of a float model quantized first, on validation samples."""
-    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    x, labels = np.asarray(dataset.validation.x[:limit]), dataset.validation.y[:limit]
     return analyze(_quantized(model, dataset, scheme, method, samples), x, lambda outputs: accuracy(outputs, labels))
 
 
@@ -738,9 +757,9 @@ def search_model(
     uniform = {scheme: quantized(scheme=scheme) for scheme in schemes}
     costs, base = _costs(uniform, quantized, budget.what, with_float)
     bound = budget.bound(base + sum(costs[schemes[0]].values()))
-    x, labels = dataset.validation.x[:limit], dataset.validation.y[:limit]
+    x, labels = np.asarray(dataset.validation.x[:limit]), dataset.validation.y[:limit]
     found = search(uniform, costs, bound, x, lambda outputs: accuracy(outputs, labels), base)
-    x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
+    x, labels = np.asarray(dataset.test.x[:limit]), dataset.test.y[:limit]
     verified = []
     for mixture in dict.fromkeys((found.front[0].key, found.chosen.key, found.front[-1].key)):
         result = quantized(**options(dict(mixture)))
@@ -788,7 +807,7 @@ def verify_model(model: keras.Model, file: Path, dataset: Dataset | None, sample
     return parity.verify(
         model,
         content,
-        dataset.test.x[:samples] if dataset else _random_samples(model, samples),
+        np.asarray(dataset.test.x[:samples]) if dataset else _random_samples(model, samples),
         runtime=runtime,
     )
 
@@ -800,7 +819,7 @@ def verify_on_targets(
     if not targets:
         return {}
     model = flatbuffer.read(file)
-    vectors = raw_vectors(model, dataset.test.x[:samples]) if dataset else random_vectors(model, samples)
+    vectors = raw_vectors(model, np.asarray(dataset.test.x[:samples])) if dataset else random_vectors(model, samples)
     inner, count = before_softmax(model), len(model.outputs)
     exposed = flatbuffer.read(flatbuffer.expose_tensors(model.content, inner)) if inner else model
     (expected,) = host_outputs([Job("file", exposed, tuple(vectors))], settings)
@@ -829,9 +848,9 @@ def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str,
         raise MobileQatError(f"'{path}' is no model file. Expected one that ends in .tflite, .keras or .h5.")
     x, labels = dataset.test.x[:limit], dataset.test.y[:limit]
     if path.suffix == ".tflite":
-        outputs = np.asarray(Session(path, runtime, threads).predict(x))
+        outputs = in_batches(Session(path, runtime, threads).predict, x)
     else:
-        outputs, runtime = models.load_model(path).predict(x, verbose=0), "keras"
+        outputs, runtime = in_batches(partial(models.load_model(path).predict, verbose=0), x), "keras"
     return {
         "file": str(path),
         "runtime": runtime,

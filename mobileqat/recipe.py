@@ -70,7 +70,7 @@ def _conflict(key: str, problem: str) -> PydanticCustomError:
 
 
 PathlessSource = Literal["digits", "cifar10", "fashion_mnist", "fsdd", "kws01", "trashnet"]
-PathSource = Literal["image_folder", "npz"]
+PathSource = Literal["image_folder", "npz", "tfrecord"]
 Engine = Literal["native", "tfmot"]
 ReferenceModel = Literal["dscnn", "resnet8", "mobilenet_v1", "mobilenet_v2", "mobilenet_v3_small"]
 SOURCES = f"{', '.join(get_args(PathlessSource) + get_args(PathSource))} or module:function"
@@ -128,7 +128,7 @@ class Data(Section):
     source: SourceName = Field(description=SOURCES)
     path: str | None = Field(
         default=None,
-        description="folder or file of image_folder and npz; ${VAR} is read from the environment",
+        description="folder or file of image_folder, npz and tfrecord; ${VAR} is read from the environment",
     )
     image_size: ImageSize = Field(default=None, description="[height, width] to resize to; null keeps the source's")
     validation_fraction: float = Field(

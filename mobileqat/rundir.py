@@ -76,20 +76,23 @@ class RunDirectory:
         self.write_text("recipe.yaml", recipe)
 
     def _take_lock(self):
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - held until the process ends
+        # Held until the process ends; without a buffer, which a full disk would keep from being closed.
+        lock = open(self.path / ".lock", "a+b", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            started = time.strftime("%Y-%m-%d %H:%M:%S")
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n".encode())
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read().strip() or "another run"
+            holder = lock.read().decode(errors="replace").strip() or "another run"
             lock.close()
             raise RunDirectoryError(
                 f"'{self.path}' is in use by {holder}. Wait for it, or choose another --out."
             ) from None
-        lock.truncate(0)
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {started}\n")
-        lock.flush()
+        except OSError:
+            lock.close()
+            raise
         return lock
 
     def _check_recipe(self, recipe: str, resume: bool) -> None:

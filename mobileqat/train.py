@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 from keras import ops
 
-from mobileqat.batches import TrainingBatches, validation_batches
+from mobileqat.batches import TrainingBatches, data_errors, validation_batches
 from mobileqat.checkpoint import Checkpoint, Memory, Storage
 from mobileqat.data import Dataset
 from mobileqat.distillation import distilled, gives_probabilities
@@ -45,6 +45,7 @@ class History:
     best_epoch: int | None
 
 
+@data_errors()
 def fit(
     model: keras.Model,
     dataset: Dataset,
@@ -76,6 +77,7 @@ def fit(
     Raises:
         ClusterError: the replicas cannot share a batch equally, or do not start and end with the same weights.
         TrainingError: the loss, a weight or a range became NaN or infinite; the model keeps the last finite weights.
+        DataError: a streamed sample cannot be read any more.
     """
     keras.utils.set_random_seed(seed)
     strategy = model.distribute_strategy

@@ -1,5 +1,7 @@
 """Ranges from data: what the three methods choose, and the forms and faults of calibration data."""
 
+import tracemalloc
+
 import keras
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from keras import layers as L
 
 from mobileqat import numerics
 from mobileqat.calibrate import METHODS, calibrate
+from mobileqat.data import reservoir_sample
 from mobileqat.errors import CalibrationError, DataError, ModelError
 from mobileqat.quantize import quantize_model
 from mobileqat.schemes import QuantSpec
@@ -216,3 +219,39 @@ def test_batch_size_is_positive(batch_size):
 def test_float_model():
     with pytest.raises(ModelError, match="quantize_model"):
         calibrate(small_model(), X)
+
+
+def test_a_reservoir_of_a_stream():
+    """Ranges of the samples that are drawn, whatever batches they come in; the same for the same seed."""
+    parts = [X[start : start + 30] for start in range(0, 200, 30)]
+    drawn = np.stack(reservoir_sample(X, 20, seed=4))
+    for method in METHODS:
+        expected = ranges_after(drawn, method, batch_size=8)
+        for data in (iter(parts), X):
+            found = ranges_after(data, method, batch_size=8, reservoir=20, seed=4)
+            assert found.keys() == expected.keys()
+            for name, (low, high) in expected.items():
+                np.testing.assert_array_equal(found[name], [low, high])
+    low, high = ranges_after(iter(parts), reservoir=20, seed=5)["x"]
+    assert (low, high) != (drawn.min(), drawn.max())
+    np.testing.assert_array_equal(ranges_after(iter(parts), reservoir=1000)["x"], [X.min(), X.max()])
+    with pytest.raises(DataError, match=r"A reservoir holds at least one sample\. Received: count=0"):
+        ranges_after(iter(parts), reservoir=0)
+    with pytest.raises(CalibrationError, match="no calibration data"):
+        ranges_after(iter([]), reservoir=5)
+
+
+def test_memory_of_a_reservoir():
+    quantized = quantize_model(small_model())
+    sizes = []
+
+    def stream():
+        random = np.random.default_rng(0)
+        for _ in range(60):
+            sizes.append(tracemalloc.get_traced_memory()[0])
+            yield random.normal(size=(500, 6, 6, 2)).astype(np.float32)  # 144 kB
+
+    tracemalloc.start()
+    calibrate(quantized, stream(), reservoir=50)
+    tracemalloc.stop()
+    assert max(sizes) - sizes[0] < 500_000 < 60 * 144_000 / 10

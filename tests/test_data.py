@@ -80,7 +80,7 @@ def test_import_is_light():
 
 
 def test_sources_are_one_line_each():
-    names = ["cifar10", "digits", "fashion_mnist", "fsdd", "image_folder", "kws01", "npz", "trashnet"]
+    names = ["cifar10", "digits", "fashion_mnist", "fsdd", "image_folder", "kws01", "npz", "tfrecord", "trashnet"]
     assert list(data.sources()) == names
     assert all(description and "\n" not in description for description in data.sources().values())
 
@@ -93,7 +93,11 @@ def test_sources_are_one_line_each():
         ("digits", {"path": "x"}, "'digits': got an unexpected keyword argument 'path'.*it takes: none"),
         ("digits", {"image_size": (8, 8)}, "unexpected keyword argument 'image_size'"),
         ("npz", {}, "'npz': missing a required argument: 'path'.*it takes: path, limit_bytes"),
-        ("image_folder", {"path": "x", "chanels": 1}, "'chanels'.*it takes: path, image_size, channels, broken"),
+        (
+            "image_folder",
+            {"path": "x", "chanels": 1},
+            "'chanels'.*it takes: path, image_size, channels, broken, stream",
+        ),
         ("digits", {"validation_fraction": 1.0}, "'digits': validation_fraction must lie between 0 and 1"),
         ("digits", {"validation_fraction": 0}, "Received: validation_fraction=0"),
         ("digits", {"seed": -1}, "seed must be an integer in .* Received: seed=-1"),

@@ -40,7 +40,7 @@ SECTIONS = (
     "name, description, seed, deterministic, engine, data, model, float, quantize, qat, convert, parity, evaluate, "
     "bench, report"
 )
-SOURCES = "digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz or module:function"
+SOURCES = "digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz, tfrecord or module:function"
 MINIMAL = """\
 name: small
 description: the least that is a recipe

@@ -16,18 +16,24 @@ from mobileqat.data.dataset import Dataset, Split, build_dataset
 from mobileqat.data.folder import load_image_folder
 from mobileqat.data.function import check_arguments, load_function
 from mobileqat.data.npz import load_npz
+from mobileqat.data.reservoir import reservoir_sample
 from mobileqat.data.speech import load_fsdd, load_kws01
 from mobileqat.data.split import calibration_samples, classes_not_calibrated
+from mobileqat.data.stream import Streamed, in_batches
+from mobileqat.data.tfrecord import load_tfrecord
 from mobileqat.data.trashnet import load_trashnet
 from mobileqat.errors import DataError
 
 __all__ = [
     "Dataset",
     "Split",
+    "Streamed",
     "augment_images",
     "calibration_samples",
     "classes_not_calibrated",
+    "in_batches",
     "load_dataset",
+    "reservoir_sample",
     "sources",
 ]
 
@@ -45,6 +51,7 @@ SOURCES = {
     "image_folder": Source("images in <path>/[train/]<class>/, resized to image_size", load_image_folder),
     "kws01": Source("MLPerf Tiny's keyword samples as MFCC, 49x10x1, 12 classes, 1000", load_kws01),
     "npz": Source("arrays x_train, y_train, x_test, y_test of the NumPy file <path>", load_npz),
+    "tfrecord": Source("images in the TFRecord files of <path>, a folder, file or pattern", load_tfrecord),
     "trashnet": Source("TrashNet photographs, 6 classes, 2527, resized to image_size", load_trashnet),
 }
 
@@ -71,7 +78,8 @@ def load_dataset(
         options: handed to the source; an option that it does not take is an error.
 
     Returns:
-        x float32, raw values as stored (pixels 0..255), y int64.
+        x float32, raw values as stored (pixels 0..255), y int64. Samples of a large image folder or of many TFRecords
+        are read from disk when they are asked for; see `Split`.
 
     Raises:
         DataError: unknown source or option, missing or damaged files, arrays that make no dataset.

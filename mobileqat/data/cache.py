@@ -7,11 +7,13 @@ name carries a hash of the names, sizes and modification times of the files it w
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -43,11 +45,51 @@ def cached_arrays(
     except DataError:
         pass  # absent or damaged: either way it is written anew
     arrays = decode()
+    keep(path, arrays, f"{name} is decoded")
+    return arrays
+
+
+def keep(path: Path, arrays: Mapping[str, np.ndarray], what: str) -> None:
+    """Write a cache file; a warning where that is not possible, since nothing but time is lost."""
     try:
         write_atomically(path, arrays)
     except OSError as error:
-        warnings.warn(f"{name} is decoded anew on every load: cannot write {path}: {error}", stacklevel=2)
-    return arrays
+        warnings.warn(f"{what} anew on every load: cannot write {path}: {error}", stacklevel=3)
+
+
+def remembered(name: str, files: Iterable[str], facts: Sequence, find: Callable[[], Any]) -> Any:
+    """What `find` returns, a JSON-able value, from the cache while no file has changed.
+
+    Args:
+        name: first part of the cache file's name.
+        files: paths of what `find` reads.
+        facts: what else decides the outcome, JSON-able.
+        find: called where the cache does not know.
+    """
+    path = cache_folder() / f"{name}-{fingerprint_of_paths(files, facts)}.npz"
+    try:
+        return json.loads(str(read_npz(path)["value"]))
+    except (DataError, KeyError, ValueError):
+        pass  # absent or damaged: either way it is found anew
+    value = find()
+    keep(path, {"value": np.array(json.dumps(value))}, f"{name} are read")
+    return value
+
+
+def fingerprint_of_paths(files: Iterable[str], facts: Sequence = ()) -> str:
+    """16 hexadecimal digits that change with `facts` and with the path, size or modification time of any file.
+
+    Raises:
+        DataError: a file is gone.
+    """
+    digest = hashlib.sha256(json.dumps(list(facts)).encode())
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise DataError(f"cannot read {file}: {error.strerror}. Put it back, or correct the path.") from error
+        digest.update(json.dumps([file, status.st_size, status.st_mtime_ns]).encode())
+    return digest.hexdigest()[:16]
 
 
 def cache_folder() -> Path:

@@ -11,10 +11,12 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from mobileqat.data.split import stratified_split
+from mobileqat.data.stream import Samples, Streamed
 from mobileqat.errors import DataError
 
 REQUIRED_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -28,11 +30,12 @@ class Split:
     """Samples and their labels.
 
     Attributes:
-        x: float32 (n, ...), raw values; images are (n, height, width, channels).
+        x: float32 (n, ...), raw values; images are (n, height, width, channels). An array, or `Streamed` where the
+            samples are read from disk when they are asked for: `np.asarray(x[:10])` reads ten.
         y: int64 (n,), indices into the dataset's `class_names`.
     """
 
-    x: np.ndarray
+    x: Samples
     y: np.ndarray
 
 
@@ -115,7 +118,7 @@ def check_splits(
         )
 
 
-def _check_samples(where: str, key: str, x: np.ndarray, label_count: int) -> None:
+def _check_samples(where: str, key: str, x: Samples, label_count: int) -> None:
     if x.dtype.kind not in "iuf":
         raise DataError(f"{where}: {key} must be integers or floats, received dtype {x.dtype}. Convert it.")
     if not 2 <= x.ndim <= 5 or 0 in x.shape[1:]:
@@ -147,7 +150,9 @@ def _check_labels(where: str, key: str, y: np.ndarray, class_names: tuple[str, .
         )
 
 
-def _check_values(where: str, key: str, x: np.ndarray, value_range: tuple[float, float] | None) -> None:
+def _check_values(where: str, key: str, x: Samples, value_range: tuple[float, float] | None) -> None:
+    if isinstance(x, Streamed):
+        return  # pixels of 8 bits, which cannot be outside of their range
     # Without a range the bounds are float32's own, so that they reject inf and what would overflow to it.
     low, high = value_range or (-FLOAT32_MAX, FLOAT32_MAX)
     # Minimum and maximum propagate NaN and need no temporary array; the index is looked up only to report it.
@@ -202,7 +207,9 @@ def _check_keys(source: str, arrays: Mapping) -> None:
         )
 
 
-def _to_array(source: str, arrays: Mapping, key: str) -> np.ndarray:
+def _to_array(source: str, arrays: Mapping, key: str) -> Any:
+    if isinstance(arrays[key], Streamed):
+        return arrays[key]
     try:
         return np.asarray(arrays[key])
     except (TypeError, ValueError) as error:

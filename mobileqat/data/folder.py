@@ -6,17 +6,25 @@
 Without a test folder a stratified 20 % of the train images, always the same ones, become the test split.
 Names that start with a dot are ignored; any other file that is not an image is an error, so that nothing
 is left out without notice. An image that cannot be read is one, too, unless `broken` says to skip it.
+
+A large folder is streamed: its images are decoded when they are needed. All of them are decoded once at the
+start, too, so that a broken one is not found in the middle of a training; the cache remembers the outcome.
 """
 
 from __future__ import annotations
 
+import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from mobileqat.data.cache import remembered
 from mobileqat.data.dataset import SPLIT_NAMES
 from mobileqat.data.split import hold_out_test
+from mobileqat.data.stream import Streamed, in_parallel, is_streamed
 from mobileqat.errors import DataError
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -28,7 +36,12 @@ Listing = dict[str, dict[str, list[Path]]]
 
 
 def load_image_folder(
-    *, path: str, image_size: tuple[int, int] | None = None, channels: int = 3, broken: str = "refuse"
+    *,
+    path: str,
+    image_size: tuple[int, int] | None = None,
+    channels: int = 3,
+    broken: str = "refuse",
+    stream: bool | None = None,
 ) -> dict:
     """Read the image files below `path`.
 
@@ -39,19 +52,27 @@ def load_image_folder(
         channels: 3 for RGB, 1 for grayscale.
         broken: what becomes of an image that cannot be read; "refuse" is an error, "skip" leaves it out, and one
             warning names all such files with the reason of each.
+        stream: decode images when they are needed rather than keep all of them in memory; the values are the same.
+            By default where they would take more than 2 GiB as float32.
 
     Returns:
-        x_* uint8 (n, height, width, channels), y_* int64 (n,), class_names in sorted order.
+        x_* uint8 (n, height, width, channels), or `Streamed` of them; y_* int64 (n,), class_names in sorted order.
 
     Raises:
         DataError: names the folder or file that is missing, empty, broken, or of another size.
     """
-    _check_options(image_size, channels, broken)
-    listing = _list_splits(Path(path))
-    if broken == "skip":
-        listing = _without_broken(path, listing, channels)
-    files = [file for classes in listing.values() for class_files in classes.values() for file in class_files]
-    x = _read_images(files, image_size, channels)
+    check_options(image_size, channels, broken)
+    root = Path(path)
+    listing = _list_splits(root)
+    files = _files(listing)
+    reader = ImageFiles(files, image_size, channels)
+    streams = is_streamed(stream, len(files), reader.shape)
+    if streams or broken == "skip":
+        problems = _find_broken(root, reader, broken, streams)
+        if problems:
+            listing = _without_broken(path, listing, problems)
+            reader = ImageFiles(_files(listing), image_size, channels)
+    x = Streamed(reader) if streams else np.asarray(Streamed(reader))
     arrays: dict = {"class_names": list(listing["train"])}
     start = 0
     for split, classes in listing.items():
@@ -64,15 +85,62 @@ def load_image_folder(
     return arrays
 
 
+class ImageFiles:
+    """Reads image files by number; they have the shape of the first that can be read."""
+
+    def __init__(self, files: Sequence[Path], image_size: tuple[int, int] | None, channels: int):
+        self.files = [os.fspath(file) for file in files]  # a tenth of the memory of paths
+        self.image_size = image_size
+        self.channels = channels
+        self.first, self.shape = self._first()
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _first(self) -> tuple[str, tuple[int, ...]]:
+        if self.image_size is not None:
+            return self.files[0], (*self.image_size, self.channels)
+        for file in self.files:
+            try:
+                return file, read_image(Path(file), None, self.channels).shape
+            except DataError:
+                continue  # it is named when all are read
+        return self.files[0], read_image(Path(self.files[0]), None, self.channels).shape
+
+    def read(self, index: int) -> np.ndarray:
+        file = self.files[index]
+        try:
+            image = read_image(Path(file), self.image_size, self.channels)
+        except DataError as error:
+            if os.path.exists(file):
+                raise
+            raise DataError(f"{file} is gone since the folder was listed. Put it back.") from error
+        if image.shape != self.shape:
+            raise OtherSizeError(
+                f"{file} has {image.shape[0]}x{image.shape[1]} pixels (height x width), {self.first} has "
+                f"{self.shape[0]}x{self.shape[1]}. Set image_size to resize all images alike."
+            )
+        return image
+
+
+class OtherSizeError(DataError):
+    """An image is whole, and of another size than the first: nothing to skip."""
+
+
 def read_image(path: Path, image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
     """One image file as uint8 (height, width, channels), upright, resized unless `image_size` is None."""
+    return decode_image(path, f"the image {path}", image_size, channels)
+
+
+def decode_image(source: Path | IO[bytes], name: str, image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
+    """`read_image` of a path or an open file, which errors call `name`."""
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path, formats=PILLOW_FORMATS) as image:
+        with Image.open(source, formats=PILLOW_FORMATS) as image:
             if image.mode in ("I", "F") or image.mode.startswith("I;"):
                 # Pillow would clip these to 0..255 without a word.
-                raise DataError(f"{path} has more than 8 bits per channel ({image.mode}). Convert it.")
+                raise DataError(f"{name} has more than 8 bits per channel ({image.mode}). Convert it.")
             # Cameras store rotated pictures as they came off the sensor, with a note to turn them.
             upright = ImageOps.exif_transpose(image).convert(PILLOW_MODES[channels])
         height, width = image_size or (upright.height, upright.width)
@@ -82,10 +150,10 @@ def read_image(path: Path, image_size: tuple[int, int] | None, channels: int) ->
         raise
     except Exception as error:
         # Pillow's decoders raise OSError, SyntaxError, ValueError and more on broken files.
-        raise DataError(f"cannot read the image {path}: {error}. Replace or remove it.") from error
+        raise DataError(f"cannot read {name}: {error}. Replace or remove it.") from error
 
 
-def _check_options(image_size, channels, broken) -> None:
+def check_options(image_size, channels, broken) -> None:
     if broken not in ("refuse", "skip"):
         raise DataError(f"broken must be 'refuse' or 'skip'. Received: broken={broken!r}")
     if channels not in PILLOW_MODES:
@@ -147,19 +215,41 @@ def _list_images(folder: Path) -> list[Path]:
     return files
 
 
-def _without_broken(path: str, listing: Listing, channels: int) -> Listing:
-    """The files that can be read; the others are named in one warning."""
-    problems: dict[Path, str] = {}
-    for file in (file for classes in listing.values() for files in classes.values() for file in files):
+def _files(listing: Listing) -> list[Path]:
+    return [file for classes in listing.values() for files in classes.values() for file in files]
+
+
+def _find_broken(root: Path, reader: ImageFiles, broken: str, remember: bool) -> dict[str, str]:
+    """Reasons of the images that cannot be read, by path; an error for the first one unless they are to be skipped."""
+
+    def problem(index: int) -> str | None:
         try:
-            read_image(file, (1, 1), channels)
+            reader.read(index)
+        except OtherSizeError:
+            raise
         except DataError as error:
-            problems[file] = str(error)
-    if problems:
-        reasons = "".join(f"\n  {reason}" for reason in problems.values())
-        warnings.warn(f"{path}: {len(problems)} broken images are left out:{reasons}", stacklevel=3)
+            if broken == "refuse":
+                raise
+            return str(error)
+        return None
+
+    def find() -> dict[str, str]:
+        problems = zip(reader.files, in_parallel(problem, range(len(reader))), strict=True)
+        return {file: reason for file, reason in problems if reason is not None}
+
+    if not remember:
+        return find()
+    facts = [str(root.resolve()), reader.image_size, reader.channels, broken]
+    found = remembered("images", reader.files, facts, find)
+    return found if isinstance(found, dict) else find()
+
+
+def _without_broken(path: str, listing: Listing, problems: dict[str, str]) -> Listing:
+    """The files that can be read; the others are named in one warning."""
+    reasons = "".join(f"\n  {reason}" for reason in problems.values())
+    warnings.warn(f"{path}: {len(problems)} broken images are left out:{reasons}", stacklevel=3)
     kept = {
-        split: {name: [file for file in files if file not in problems] for name, files in classes.items()}
+        split: {name: [file for file in files if os.fspath(file) not in problems] for name, files in classes.items()}
         for split, classes in listing.items()
     }
     for split, classes in kept.items():
@@ -167,20 +257,6 @@ def _without_broken(path: str, listing: Listing, channels: int) -> Listing:
             if not files:
                 raise DataError(f"{path}: no image of class {name!r} in the {split} split can be read. Replace them.")
     return kept
-
-
-def _read_images(files: list[Path], image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
-    first = read_image(files[0], image_size, channels)
-    x = np.empty((len(files), *first.shape), np.uint8)
-    for index, file in enumerate(files):
-        image = read_image(file, image_size, channels)
-        if image.shape != first.shape:
-            raise DataError(
-                f"{file} has {image.shape[0]}x{image.shape[1]} pixels (height x width), {files[0]} has "
-                f"{first.shape[0]}x{first.shape[1]}. Set image_size to resize all images alike."
-            )
-        x[index] = image
-    return x
 
 
 def _check_enough_for_test(classes: dict[str, list[Path]]) -> None:

@@ -9,10 +9,11 @@ releases (NEP 19): a test split has to stay the same test split.
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mobileqat.data.stream import Samples
 from mobileqat.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     return np.sort(order[~is_held]), np.sort(order[is_held])
 
 
-def hold_out_test(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+def hold_out_test(x: Samples, y: np.ndarray) -> dict[str, Any]:
     """Make a test split for data that come without one: a stratified 20 %, always the same samples."""
     train, test = stratified_split(y, TEST_FRACTION, TEST_SEED)
     return {"x_train": x[train], "y_train": y[train], "x_test": x[test], "y_test": y[test]}
@@ -81,12 +82,12 @@ def calibration_samples(dataset: Dataset, count: int, seed: int) -> np.ndarray:
         seed: the same seed gives the same draw, and a shorter draw is the beginning of a longer one.
 
     Returns:
-        float32 (min(count, n), ...), in an order that mixes the classes.
+        float32 (min(count, n), ...), in memory, in an order that mixes the classes; nothing else is read.
 
     Raises:
         DataError: `count` is below 1.
     """
-    return dataset.train.x[_calibration_draw(dataset, count, seed)]
+    return np.asarray(dataset.train.x[_calibration_draw(dataset, count, seed)])
 
 
 def _calibration_draw(dataset: Dataset, count: int, seed: int) -> np.ndarray:

@@ -59,7 +59,7 @@ def _convert(run: Any) -> dict:
 
 
 def _parity(run: Any) -> dict:
-    x, _ = run.test
+    x = np.asarray(run.test[0])  # the worker takes data in memory
     settings, evaluation = run.recipe.parity, run.recipe.evaluate
     bars = parity.Bars(**settings.model_dump(exclude={"samples"}))
     results = {}
@@ -149,7 +149,7 @@ def _train(run: Any, variant: str, settings, source: dict) -> dict:
         "classes": len(data.class_names),
         "log_dir": str((run.directory.path / "tensorboard" / variant).resolve()),
     }
-    arrays = {f"{axis}_{name}": getattr(split, axis) for name, split in splits.items() for axis in "xy"}
+    arrays = {f"{axis}_{name}": np.asarray(getattr(split, axis)) for name, split in splits.items() for axis in "xy"}
     shown = _Shown(run.training_callbacks(variant, settings.epochs))
     task = "train_float" if variant == "float" else "train_quantized"
     result: dict = {}
