@@ -13,8 +13,11 @@ import jinja2
 import yaml
 
 from mobileqat.report import formats
-from mobileqat.report.charts import class_differences, draw_charts
+from mobileqat.report.charts import Chart, draw_charts
 from mobileqat.report.comparison import comparison_rows, inspection_rows
+from mobileqat.report.graph import draw_graph
+from mobileqat.report.islands import border_table, cost_sentence, excluded_table
+from mobileqat.report.layer_charts import draw_layer_charts
 from mobileqat.report.results import (
     VARIANTS,
     failed_steps,
@@ -25,6 +28,15 @@ from mobileqat.report.results import (
     present_variants,
 )
 
+# Which section shows a chart; the tradeoff stands beside the verdict's table, others under "charts".
+_SECTIONS = {
+    "training-qat": "training",
+    "training-float": "training",
+    "ranges": "training",
+    "noise": "layers",
+    "weights": "layers",
+    "outputs": "layers",
+}
 _FORMATS = (
     formats.count,
     formats.exact_percent,
@@ -51,6 +63,7 @@ def write_html(results: Mapping[str, Any], path: str | Path) -> Path:
 def render_html(results: Mapping[str, Any]) -> str:
     """The page as text.  Parts that `results` lacks say which step would have made them."""
     variants = present_variants(results.get("variants"))
+    charts = {chart.name: chart for chart in (*draw_charts(results), *draw_layer_charts(results))}
     return _template().render(
         results=results,
         variants=variants,
@@ -58,8 +71,12 @@ def render_html(results: Mapping[str, Any]) -> str:
         rows=comparison_rows(variants),
         inspection_rows=inspection_rows(variants),
         samples=max((number(v, "accuracy", "samples") or 0 for v in variants.values()), default=0),
-        charts=draw_charts(results),
-        class_differences=class_differences(variants),
+        tradeoff=charts.pop("tradeoff", None),
+        columns=_columns(charts.values()),
+        graph=draw_graph(results),
+        excluded=excluded_table(results),
+        borders=border_table(results),
+        island_costs=cost_sentence(results),
         operator_counts=_side_by_side(lookup(v, "inspection", "operator_counts") for v in variants.values()),
         dtype_counts=_side_by_side(lookup(v, "inspection", "dtype_counts") for v in variants.values()),
         environment=list(_flat(results.get("environment") or {})),
@@ -69,6 +86,19 @@ def render_html(results: Mapping[str, Any]) -> str:
         file_name=file_name,
         absence=functools.partial(_absence, results),
     )
+
+
+def _columns(charts: Iterable[Chart]) -> dict[str, list[list[Chart]]]:
+    """The charts of each section in two columns of about the same height, whatever is unfolded later."""
+    columns: dict[str, list[list[Chart]]] = {}
+    heights: dict[str, list[float]] = {}
+    for chart in charts:
+        section = _SECTIONS.get(chart.name, "charts")
+        column = heights.setdefault(section, [0.0, 0.0])
+        shorter = column.index(min(column))
+        column[shorter] += chart.height + 90  # title, caption, margins
+        columns.setdefault(section, [[], []])[shorter].append(chart)
+    return columns
 
 
 @functools.cache
