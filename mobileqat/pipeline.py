@@ -8,6 +8,7 @@ can be resumed; a check that fails is remembered and raised at the end, after th
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -360,8 +361,9 @@ def _convert(run: Run) -> dict:
 def _inspect(run: Run) -> dict:
     rows = {}
     for variant in run.variants:
-        result = flatbuffer.inspect(run.file(variant))
-        rows[variant] = result.to_dict()
+        content = run.file(variant)
+        result = flatbuffer.inspect(content)
+        rows[variant] = result.to_dict() | {"sha256": hashlib.sha256(content).hexdigest()}
         if variant == "float":
             continue
         excluded = _excluded_tensors(run, variant)
@@ -562,10 +564,10 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
 
 
 def write_report(run: Run) -> dict:
-    """Writes report.json and report.html of a run, finished or not; returns the former's content."""
+    """Writes report.json and what shows it of a run, finished or not; returns the former's content."""
     results = collect(run)
     run.directory.write_json("report.json", results)
-    report.write_html(results, run.directory.path / "report.html")
+    report.write_report(results, run.directory.path)
     return results
 
 

@@ -608,7 +608,7 @@ def test_train_and_report(project):
     lines = result.output.splitlines()
     assert lines[0] == "Run directory: out"
     steps = [line.split()[:2] for line in lines[1:] if line.startswith("  ") and line.endswith(" s")]
-    names = ("data", "float", "ptq", "qat", "convert", "inspect", "parity", "evaluate", "bench")
+    names = ("data", "float", "ptq", "qat", "convert", "inspect", "parity", "layers", "evaluate", "bench")
     assert steps == [[name, "skipped" if name == "bench" else "done"] for name in names]
     assert lines[-1] == "Report: out/report.html"
     log = (project / "out" / "run.log").read_text()
