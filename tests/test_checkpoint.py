@@ -107,6 +107,7 @@ def test_training_goes_on_from_any_step(dataset, kind, always, tmp_path):
             np.testing.assert_array_equal(a, b)
         assert again.best_epoch == history.best_epoch
         assert again.initial_val_accuracy == history.initial_val_accuracy
+        assert again.ranges == history.ranges and len(again.ranges) == (0 if kind == "float" else 4)
         for row, wanted in zip(again.epochs, history.epochs, strict=True):
             assert {**row, "seconds": 0} == {**wanted, "seconds": 0}
 

@@ -328,6 +328,13 @@ class Page(HTMLParser):
 
 
 def check_page(html: str) -> Page:
+    """What holds for every page of a run."""
+    page = check_nesting(html)
+    assert set(SECTIONS) <= set(page.ids)
+    return page
+
+
+def check_nesting(html: str) -> Page:
     """What holds for every page."""
     page = Page(html)
     assert html.startswith("<!DOCTYPE html>")
@@ -338,7 +345,6 @@ def check_page(html: str) -> Page:
     assert page.tags.count("h1") == 1 and page.tags.count("title") == 1
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
-    assert set(SECTIONS) <= set(page.ids)
     assert page.tags.count("table") == page.tags.count("caption")
     assert "Undefined" not in html and "None" not in page.text
     return page

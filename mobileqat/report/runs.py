@@ -166,16 +166,16 @@ def _over(summary: Mapping[str, Any] | None, write: Callable[[float | None], str
 
 
 def _notes(runs: Mapping[str, Results]) -> Iterator[str]:
-    machines = {str(lookup(results, "environment", "machine", "cpu")) for results in runs.values()}
+    def all_of(*path: str) -> list[Any]:
+        return list(dict.fromkeys(found for results in runs.values() if (found := lookup(results, *path)) is not None))
+
+    machines, versions = all_of("environment", "machine", "cpu"), all_of("mobileqat")
     if len(machines) > 1:
-        yield f"Latencies are from different machines: {', '.join(sorted(machines))}."
-    data = {lookup(results, "data", "source") for results in runs.values()}
-    sizes = {number(results, "data", "test") for results in runs.values()}
-    if len(data) > 1 or len(sizes) > 1:
+        yield f"Latencies are from different machines: {', '.join(machines)}."
+    if len(all_of("data", "source")) > 1 or len(all_of("data", "test")) > 1:
         yield "Accuracies are of different test sets and cannot be compared."
-    versions = {str(results.get("mobileqat")) for results in runs.values()}
     if len(versions) > 1:
-        yield f"Runs are of different versions of mobileqat: {', '.join(sorted(versions))}."
+        yield f"Runs are of different versions of mobileqat: {', '.join(versions)}."
     unfinished = [path for path, results in runs.items() if not lookup(results, "verdict", "ship")]
     if unfinished:
         yield f"Without a verdict: {', '.join(unfinished)}."
