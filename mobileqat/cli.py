@@ -198,10 +198,10 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
 @click.option("-o", "--output", type=EXISTING, help="Page to write.  [default: RUN_DIR/report.html, comparison.html]")
 @json_option
 def report(run_dirs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
-    """Print the report of RUN_DIR again, or compare several runs.
+    """Print the report of RUN_DIR again.
 
-    The report.html of one run is written anew from its report.json. Of several, those that differ in nothing but the
-    seed are taken together, by mean and range.
+    Its report.html, and what lies beside it, are written anew from report.json. Several runs are compared on a page of
+    their own: those that differ in nothing but the seed are taken together, by mean and range.
 
     \b
     Example:
