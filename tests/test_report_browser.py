@@ -31,7 +31,7 @@ PLOTS = [
     "weights",
     "outputs",
 ]
-DESKTOP, PHONE = 1280, 390
+DESKTOP, PHONE, PAPER = 1280, 390, 720  # A4 without its margins
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +204,12 @@ def test_what_is_focused_is_seen(browser: Any, page: Path) -> None:
     assert outline == "solid"
 
 
-def test_printed_in_black_on_white_with_everything_unfolded(browser: Any, page: Path) -> None:
-    show(browser, page, scheme="dark", media="print")
+def test_printed_in_black_on_white_with_everything_unfolded_on_the_paper(browser: Any, page: Path) -> None:
+    show(browser, page, PAPER, scheme="dark", media="print")
+    assert overflow(browser) == 0
+    boxes = "['.comparison', '.first figure'].map(name => document.querySelector(name).getBoundingClientRect())"
+    table, figure = evaluate(browser, boxes)
+    assert figure["top"] >= table["bottom"] or figure["left"] >= table["right"]
     assert evaluate(browser, "getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert evaluate(browser, "getComputedStyle(document.querySelector('nav')).display") == "none"
     canvas = "document.querySelector('.canvas')"

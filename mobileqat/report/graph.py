@@ -18,7 +18,7 @@ from mobileqat.report.results import VARIANTS, file_name, lookup, number
 
 _WIDTH, _ROW, _BOX = 400, 50, 38
 _LANE, _MOST_LANES = 9, 10
-_NAME_CHARACTERS, _DETAIL_CHARACTERS = 28, 52
+_NAME_CHARACTERS, _DETAIL_CHARACTERS = 28, 58
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
@@ -181,13 +181,14 @@ def _draw_node(
         right = {"x": str(_WIDTH - 7), "y": str(first), "text-anchor": "end", "fill": "currentColor"}
         SubElement(group, "text", right).text = decibels(decibel)
     detail = {"x": f"{left + 7:.1f}", "y": str(second), "fill": "var(--bad)" if is_float else "var(--quiet)"}
+    detail["font-size"] = "10"
     more = f" and {len(node.makes) - 1} more" if len(node.makes) > 1 else ""
     SubElement(group, "text", detail).text = shortened(_detail(tensor) + more, _DETAIL_CHARACTERS)
 
 
 def _detail(tensor: Mapping[str, Any]) -> str:
-    """ "int8 1 x 8 x 8 x 64, scale 0.016623, zero point -128"."""
+    """ "int8 1 x 8 x 8 x 64, scale 0.01662, zero point -128"."""
     parts = [f"{tensor.get('dtype', '')} {_shape(tensor.get('shape') or ())}"]
     if number(tensor, "scale") is not None:
-        parts += [f"scale {formats.significant(tensor['scale'])}", f"zero point {tensor['zero_point']}"]
+        parts += [f"scale {tensor['scale']:.4g}", f"zero point {tensor['zero_point']}"]
     return ", ".join(parts)
