@@ -2,10 +2,10 @@
 
     python benchmarks/growth.py [--repeats N] [--note TEXT]
 
-MobileNetV2 at 224x224 (random weights, 32 calibration samples) goes from a float Keras model to int8 bytes, by mobileqat
-and by TFMOT, each in a process of its own, in turns.  TFMOT has no calibration; its model is converted with the ranges it
-starts with.  The growing nets are inverted residual blocks at 32x32.  Quoted is CPU time; the growth is the exponent of a
-power law between the smallest and the largest, 1 being linear.  Results: results/growth.json and .md.
+MobileNetV2 at 224x224 (random weights, 32 calibration samples) goes from a float Keras model to int8 bytes, ours
+and by TFMOT, each in a process of its own, in turns.  TFMOT has no calibration; its model is converted with the
+ranges it starts with.  The growing nets are inverted residual blocks at 32x32.  Quoted is CPU time; the growth is the
+exponent of a power law between the smallest and the largest, 1 being linear.  Results: results/growth.json and .md.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def save(measured: dict[tuple[str, ...], list[dict]], options: argparse.Namespac
         "# From a float model to an int8 file, and growth",
         "",
         f"{facts['date']}, {machine['cpu']}, {machine['cores']} cores, {packages}.",
-        f"Made by `benchmarks/growth.py`: seconds of CPU time, medians of {options.repeats}, one TensorFlow thread. {options.note}".rstrip(),
+        "Made by `benchmarks/growth.py`: seconds of CPU time, medians of "
+        f"{options.repeats}, one TensorFlow thread. {options.note}".rstrip(),
         "",
         "## MobileNetV2, 224x224",
         "",

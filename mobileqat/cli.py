@@ -199,21 +199,48 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
 
 
 @command
-@click.argument("run_dir", type=EXISTING)
+@click.argument("run_dirs", metavar="RUN_DIR...", type=EXISTING, nargs=-1, required=True)
+@click.option("-o", "--output", type=EXISTING, help="Page to write.  [default: RUN_DIR/report.html, comparison.html]")
 @json_option
-def report(run_dir: Path, as_json: bool) -> None:
+def report(run_dirs: tuple[Path, ...], output: Path | None, as_json: bool) -> None:
     """Print the report of RUN_DIR again.
 
-    Its report.html is written anew from report.json.
+    Its report.html, and what lies beside it, are written anew from report.json. Several runs are compared on a page of
+    their own: those that differ in nothing but the seed are taken together, by mean and range.
 
     \b
     Example:
       mobileqat report runs/digits
+      mobileqat report runs/* -o comparison.html
     """
-    from mobileqat.report import write_html
+    from mobileqat.report import write_html, write_report
 
-    write_html(_read_report(run_dir), run_dir / "report.html")
-    _show_report(run_dir, as_json)
+    if len(run_dirs) > 1:
+        _compare_runs(run_dirs, output or Path("comparison.html"), as_json)
+        return
+    results = _read_report(run_dirs[0])
+    if output:
+        write_html(results, output)
+    else:
+        write_report(results, run_dirs[0])
+    _show_report(run_dirs[0], as_json)
+
+
+def _compare_runs(run_dirs: Sequence[Path], output: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from mobileqat.report import compare, console_comparison, write_comparison
+
+    if len({path.resolve() for path in run_dirs}) < len(run_dirs):
+        raise click.UsageError("The same run is given twice.")
+    comparison = compare({str(path): _read_report(path) for path in run_dirs})
+    write_comparison(comparison, output)
+    if as_json:
+        _print_json(comparison)
+        return
+    console = Console()
+    console.print(console_comparison(comparison))
+    console.print(f"Comparison: {output}", highlight=False, soft_wrap=True)
 
 
 def _read_report(run_dir: Path) -> dict:

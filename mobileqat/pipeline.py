@@ -1,6 +1,6 @@
 """The steps of a run, in order, and what each leaves in the run directory.
 
-    data -> float -> ptq -> qat -> convert -> inspect -> parity -> evaluate -> bench -> report
+    data -> float -> ptq -> qat -> convert -> inspect -> parity -> layers -> evaluate -> bench -> report
 
 A step is a function of the run that returns a JSON-able result.  Finished steps are in the journal, so that a run
 can be resumed; a check that fails is remembered and raised at the end, after the report that shows it.
@@ -8,6 +8,7 @@ can be resumed; a check that fails is remembered and raised at the end, after th
 
 from __future__ import annotations
 
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mobileqat import flatbuffer, models, parity, report
+from mobileqat import flatbuffer, models, parity, plot_data, report
 from mobileqat.adaround import Rounding, adaround
 from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
@@ -73,6 +74,7 @@ from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
+PROFILED: dict[str, Any] = {"warmup": 3, "runs": 30, "profile": True}  # operator by operator, on this machine
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
 TRAINED_TOGETHER = ("float", "qat")  # the steps that take part in `distribute`; the chief does the others
 
@@ -300,6 +302,7 @@ def _ptq(run: Run) -> dict:
     run.keep_model("ptq", model)
     return {
         "plan": plan_rows(model),
+        "islands": plot_data.islands(model.plan, recipe.quantize.exclude),
         "equalized": [vars(pair) for pair in equalized],
         "rounded": [vars(row) for row in rounded],
         "bias_not_corrected": corrected.skipped,
@@ -355,7 +358,8 @@ def _qat(run: Run) -> dict | None:
         path = run.directory.write("models/qat_last_good.keras", model.save)
         raise TrainingError(f"{error} It is kept in '{path}'.") from error
     run.keep_model("qat", model)
-    return {"training": vars(history), "plan": plan_rows(model)}
+    training = vars(history) | {"ranges": plot_data.thinned(history.ranges)}
+    return {"training": training, "plan": plan_rows(model)}
 
 
 def plan_rows(model: QuantizedModel) -> list[dict]:
@@ -390,8 +394,9 @@ def _convert(run: Run) -> dict:
 def _inspect(run: Run) -> dict:
     rows = {}
     for variant in run.variants:
-        result = flatbuffer.inspect(run.file(variant))
-        rows[variant] = result.to_dict()
+        content = run.file(variant)
+        result = flatbuffer.inspect(content)
+        rows[variant] = result.to_dict() | {"sha256": hashlib.sha256(content).hexdigest()}
         if variant == "float":
             continue
         excluded = _excluded_tensors(run, variant)
@@ -443,6 +448,14 @@ def _parity(run: Run) -> dict:
     return results
 
 
+def _layers(run: Run) -> dict:
+    """Noise of each layer and the graph of the last integer file: no check, only what the report draws."""
+    integer = [variant for variant in run.variants if variant != "float"]
+    has_plan = run.recipe.engine == "native"
+    layers = {variant: plot_data.noise(run.model(variant), run.test[0]) for variant in integer if has_plan}
+    return {"layers": layers, "graph": {"variant": integer[-1], **plot_data.graph(run.file(integer[-1]))}}
+
+
 def _evaluate(run: Run) -> dict:
     _, labels = run.test
     reference = top1(run.outputs("float")["interpreter"], labels)
@@ -475,11 +488,15 @@ def _bench(run: Run) -> dict | None:
             how = Settings(threads=threads, warmup=settings.warmup, runs=settings.runs, cpus=settings.cpus)
             comparison = measure(taken, target, how, vectors=vectors)
             _judge(run, comparison.records, settings.min_delegated)
+            is_first = target.name == "host" and threads == settings.threads[0]
+            profiles = measure(taken, target, replace(how, **PROFILED), samples=0).records if is_first else {}
             for variant, record in comparison.records.items():
                 if record.peak_memory_bytes is None and record.unit == "ms":
                     # Memory is a process's: each file is loaded once more on its own.
                     alone = measure({variant: files[variant]}, target, replace(how, warmup=1, runs=5), samples=0)
                     record = replace(record, peak_memory_bytes=alone.records[variant].peak_memory_bytes)
+                if profiles:
+                    record = replace(record, profile=profiles[variant].profile)
                 ratio = {"ratio_to_float": vars(comparison.ratios[variant])} if "float" in taken else {}
                 records[variant].append(record.to_dict() | ratio)
     return records
@@ -505,6 +522,7 @@ STEPS: dict[str, Callable[[Run], Any]] = {
     "convert": _convert,
     "inspect": _inspect,
     "parity": _parity,
+    "layers": _layers,
     "evaluate": _evaluate,
     "bench": _bench,
 }
@@ -598,10 +616,10 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
 
 
 def write_report(run: Run) -> dict:
-    """Writes report.json and report.html of a run, finished or not; returns the former's content."""
+    """Writes report.json and what shows it of a run, finished or not; returns the former's content."""
     results = collect(run)
     run.directory.write_json("report.json", results)
-    report.write_html(results, run.directory.path / "report.html")
+    report.write_report(results, run.directory.path)
     return results
 
 
@@ -615,6 +633,7 @@ def collect(run: Run) -> dict:
             **results["evaluate"].get(variant, {}),
             "inspection": results["inspect"].get(variant),
             "parity": results["parity"].get(variant),
+            "layers": results["layers"].get("layers", {}).get(variant),
             "bench": results["bench"].get(variant, []),
         }
         for variant in run.variants
@@ -633,6 +652,8 @@ def collect(run: Run) -> dict:
         "variants": variants,
         "training": {name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")},
         "plan": results["qat"].get("plan") or results["ptq"].get("plan"),
+        "graph": results["layers"].get("graph"),
+        "islands": results["ptq"].get("islands"),
         "steps": [{key: value for key, value in step.items() if key != "result"} for step in run.steps],
         "environment": environment() | results["float"].get("packages", {}),
     }

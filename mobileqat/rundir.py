@@ -1,6 +1,7 @@
 """A run directory: artefacts written whole or not at all, a journal of finished steps, one run at a time.
 
-recipe.yaml  environment.json  run.log  report.json  report.html
+recipe.yaml  environment.json  run.log  report.json  report.html  model_card.md
+model_explorer/*.json                         noise and parity, to lay over the .tflite files in Model Explorer
 float.tflite  ptq.tflite  qat.tflite          what to ship
 checkpoints/*.npz                             where a training that was interrupted goes on
 models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot

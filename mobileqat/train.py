@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,11 +38,14 @@ class History:
         epochs: one dict per epoch: epoch, loss, accuracy, val_loss, val_accuracy, learning_rate, seconds.
         initial_val_accuracy: validation accuracy before the first step.
         best_epoch: the epoch whose weights were kept; 0 for the ones before training, None for the last.
+        ranges: of a quantized model, `{"epoch", "ranges": {tensor: [minimum, maximum]}}` before training, as epoch 0,
+            and after each epoch: the ends of each activation tensor's integer grid, real values.
     """
 
     epochs: list[dict]
     initial_val_accuracy: float
     best_epoch: int | None
+    ranges: list[dict] = field(default_factory=list)
 
 
 @data_errors()
@@ -172,7 +175,7 @@ def _fit(
     if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
         batches = train.starting().take(settings.reestimate_batch_norm)
         _reestimate(model, trained, batches, validation, settings.keep_best)
-    return History(recorder.epochs, recorder.initial_accuracy, best)
+    return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges)
 
 
 class _Nowhere:
@@ -425,6 +428,7 @@ class _Recorder(keras.callbacks.Callback):
         self.watched = watched
         self.keep_best = keep_best
         self.epochs: list[dict] = []
+        self.ranges: list[dict] = []
         self.initial_accuracy = 0.0
         self._last_finite = watched.get_weights()
         self._best_epoch, self._best_accuracy, self._best = 0, 0.0, self._last_finite
@@ -434,10 +438,23 @@ class _Recorder(keras.callbacks.Callback):
     def begin(self, accuracy: float) -> None:
         """Takes the weights before training as the best ones: they stay unless an epoch does as well."""
         self.initial_accuracy = self._best_accuracy = accuracy
+        self._note_ranges(0)
+
+    def _note_ranges(self, epoch: int) -> None:
+        if not isinstance(self.watched, QuantizedModel):
+            return
+        spans = {}
+        for name, quantizer in self.watched.quantizers.items():
+            if quantizer.is_learned:  # others never move
+                scale, zero_point = quantizer.grid()
+                ends = quantizer.spec.qmin, quantizer.spec.qmax
+                spans[name] = [float(scale) * (end - zero_point) for end in ends]
+        self.ranges.append({"epoch": epoch, "ranges": spans})
 
     def state(self) -> tuple[dict, list[np.ndarray]]:
         values = {
             "epochs": self.epochs,
+            "ranges": self.ranges,
             "initial_accuracy": self.initial_accuracy,
             "best_epoch": self._best_epoch,
             "best_accuracy": self._best_accuracy,
@@ -445,7 +462,8 @@ class _Recorder(keras.callbacks.Callback):
         return values, [*self._last_finite, *self._best]
 
     def set_state(self, values: dict, arrays) -> None:
-        self.epochs, self.initial_accuracy = values["epochs"], values["initial_accuracy"]
+        self.epochs, self.ranges = values["epochs"], values.get("ranges", [])  # older checkpoints have no ranges
+        self.initial_accuracy = values["initial_accuracy"]
         self._best_epoch, self._best_accuracy = values["best_epoch"], values["best_accuracy"]
         self._last_finite, self._best = list(arrays[: len(arrays) // 2]), list(arrays[len(arrays) // 2 :])
 
@@ -468,6 +486,7 @@ class _Recorder(keras.callbacks.Callback):
         row = {key: float(value) for key, value in logs.items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         self.epochs.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - self._started})
+        self._note_ranges(epoch + 1)
         # A later epoch wins a tie: it has trained longer on the frozen grid.
         if row["val_accuracy"] >= self._best_accuracy:
             self._best_epoch, self._best_accuracy, self._best = epoch + 1, row["val_accuracy"], self._last_finite

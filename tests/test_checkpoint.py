@@ -128,8 +128,15 @@ def test_training_goes_on_from_any_step(dataset, kind, always, tmp_path):
             np.testing.assert_array_equal(a, b)
         assert again.best_epoch == history.best_epoch
         assert again.initial_val_accuracy == history.initial_val_accuracy
+        assert spans_of(again) == spans_of(history)
+        assert [row["epoch"] for row in again.ranges] == ([] if kind == "float" else [0, 1, 2, 3])
         for row, wanted in zip(again.epochs, history.epochs, strict=True):
             assert {**row, "seconds": 0} == {**wanted, "seconds": 0}
+
+
+def spans_of(history):
+    """Ranges by epoch; layers without a name of their own get another one each time."""
+    return [list(row["ranges"].values()) for row in history.ranges]
 
 
 def test_a_checkpoint_of_another_model_is_refused(dataset, always):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from run_results import make_results
 
 from mobileqat import cli
 from mobileqat.errors import ParityError, TrainingError
@@ -608,7 +609,7 @@ def test_train_and_report(project):
     lines = result.output.splitlines()
     assert lines[0] == "Run directory: out"
     steps = [line.split()[:2] for line in lines[1:] if line.startswith("  ") and line.endswith(" s")]
-    names = ("data", "float", "ptq", "qat", "convert", "inspect", "parity", "evaluate", "bench")
+    names = ("data", "float", "ptq", "qat", "convert", "inspect", "parity", "layers", "evaluate", "bench")
     assert steps == [[name, "skipped" if name == "bench" else "done"] for name in names]
     assert lines[-1] == "Report: out/report.html"
     log = (project / "out" / "run.log").read_text()
@@ -628,6 +629,32 @@ def test_train_and_report(project):
     message = error("train", "tiny.yaml", "--out", "out", "--resume", "--set", "seed=7")
     assert "  -seed: 0\n  +seed: 7\n" in message
     assert "Ship" not in run("train", "tiny.yaml", "--out", "out", code=2).stdout
+
+
+def test_several_runs_are_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        results = make_results()
+        results["recipe"]["seed"] = seed
+        (tmp_path / f"run{seed}").mkdir()
+        (tmp_path / f"run{seed}" / "report.json").write_text(json.dumps(results))
+    lines = run("report", "run0", "run1").output.splitlines()
+    assert "QAT of cifar10_resnet8_w8a8 is the most accurate" in lines[0]
+    assert lines[-1] == "Comparison: comparison.html"
+    assert "3 of" not in (tmp_path / "comparison.html").read_text()
+    found = json.loads(run("report", "run0", "run1", "--json", "-o", "other.html").stdout)
+    assert [row["seed"] for row in found["groups"][0]["runs"]] == [0, 1]
+    assert (tmp_path / "other.html").is_file()
+    assert "The same run is given twice" in run("report", "run0", "./run0", code=2).stderr
+    assert "There is no 'run2/report.json'" in error("report", "run0", "run2")
+
+
+def test_one_run_can_be_shown_elsewhere(tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps(make_results()))
+    run("report", tmp_path, "-o", tmp_path / "page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "report.json"]
+    run("report", tmp_path)
+    assert {"model_card.md", "model_explorer", "report.html"} < {path.name for path in tmp_path.iterdir()}
 
 
 def test_all_problems_of_a_recipe_at_once(project):

@@ -1,6 +1,7 @@
 """Whole runs on real data and the real interpreter: a small one checked thoroughly, the shipped recipes when slow."""
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 
-from mobileqat import pipeline
+from mobileqat import flatbuffer, pipeline
 from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.data import load_dataset
 from mobileqat.errors import (
@@ -121,9 +122,26 @@ def test_every_artefact_is_there(small_run):
     expected |= {f"models/{variant}.keras" for variant in VARIANTS}
     expected |= {f"outputs/{variant}.npz" for variant in VARIANTS}
     expected |= {f"steps/{step}.json" for step in pipeline.STEPS}
+    kinds = ("identical_percent", "sqnr_db", "sqnr_in_model_db")
+    expected |= {"model_card.md"} | {f"model_explorer/{v}_{kind}.json" for v in ("ptq", "qat") for kind in kinds}
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith("tensorboard/")} == expected
     assert list(directory.glob("tensorboard/qat/train/events.*"))
+
+
+def test_the_report_can_draw_every_plot_and_names_tensors_of_the_files(small_run):
+    directory, _ = small_run
+    page = (directory / "report.html").read_text()
+    names = ("tradeoff", "accuracy", "latency", "profile", "training-qat", "ranges", "noise", "weights", "outputs")
+    assert [name for name in names if f'id="chart-{name}"' not in page] == []
+    assert 'id="zoom-readable"' in page and "Nothing is excluded" in page
+    assert len((directory / "report.json").read_bytes()) < 300_000
+    for variant in ("ptq", "qat"):
+        content = (directory / f"{variant}.tflite").read_bytes()
+        names_in_file = {tensor.name for tensor in flatbuffer.read(content).tensors}
+        for path in directory.glob(f"model_explorer/{variant}_*.json"):
+            assert set(json.loads(path.read_text())["main"]["results"]) <= names_in_file
+        assert hashlib.sha256(content).hexdigest() in (directory / "model_card.md").read_text()
 
 
 def test_techniques_before_training_repair_few_bits(small_run, tmp_path):

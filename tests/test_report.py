@@ -11,200 +11,30 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from run_results import (
+    make_failed_results,
+    make_history,
+    make_inspection,
+    make_islands,
+    make_latency,
+    make_layers,
+    make_operator,
+    make_parity,
+    make_results,
+    make_variant,
+)
 
 from mobileqat.report import console_summary, decide, formats, render_html, write_html
 from mobileqat.report.charts import draw_charts
 from mobileqat.report.comparison import comparison_rows
+from mobileqat.report.graph import draw_graph
+from mobileqat.report.islands import border_table, cost_sentence, excluded_table
+from mobileqat.report.layer_charts import draw_layer_charts
 
-CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-SECTIONS = ["charts", "parity", "inspection", "plan", "training", "steps", "environment", "recipe"]
-CPU = {"cpu": "AMD EPYC 7B13", "cores": 2, "platform": "Linux-6.1-x86_64"}
-
-
-def make_variant(
-    name: str, accuracy: float | None, *, integer: bool = True, samples: int = 10_000, **other: Any
-) -> dict[str, Any]:
-    """A variant whose file passed every check."""
-    return {
-        "file": f"{name}.tflite",
-        "size_bytes": 98_496 if integer else 318_144,
-        "accuracy": {"samples": samples, "interpreter": accuracy, "simulation": accuracy},
-        "inspection": make_inspection(integer),
-        "parity": make_parity() if integer else None,
-        "bench": [make_latency(0.284 if integer else 0.812)],
-        **other,
-    }
-
-
-def make_inspection(integer: bool = True, problems: tuple[str, ...] = ()) -> dict[str, Any]:
-    dtype, size_bytes = ("int8", 98_496) if integer else ("float32", 318_144)
-    tensor = {
-        "name": "serving_default_image:0",
-        "shape": [1, 32, 32, 3],
-        "dtype": dtype,
-        "scale": 0.0039215689 if integer else None,
-        "zero_point": -128 if integer else None,
-    }
-    return {
-        "fully_integer": integer,
-        "islands": [],
-        "stray_conversions": [],
-        "requantizations": [],
-        "shape_arithmetic": [],
-        "operator_counts": {"CONV_2D": 9, "ADD": 3, "MEAN": 1, "FULLY_CONNECTED": 1, "SOFTMAX": 1},
-        "dtype_counts": {"int8": 28, "int32": 11} if integer else {"float32": 36, "int32": 1},
-        "weight_bytes": size_bytes - 15_000,
-        "size_bytes": size_bytes,
-        "inputs": [tensor],
-        "outputs": [tensor | {"name": "StatefulPartitionedCall:0", "shape": [1, 10]}],
-        "problems": list(problems),
-    }
-
-
-def make_operator(name: str, kind: str = "CONV_2D", identical: float = 1.0, max_lsb: int = 0) -> dict[str, Any]:
-    bar = 0.9999 if kind in ("CONV_2D", "FULLY_CONNECTED") else 0.99
-    return {
-        "operator": name,
-        "kind": kind,
-        "outputs": 1_048_576,
-        "identical": identical,
-        "max_lsb": max_lsb,
-        "min_identical": bar,
-        "bound_lsb": 1,
-        "passed": identical >= bar and max_lsb <= 1,
-    }
-
-
-def make_parity(operators: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-    operators = operators or [
-        *(make_operator(f"conv{index}", identical=1 - index * 1e-6, max_lsb=1) for index in range(1, 10)),
-        *(make_operator(f"add{index}", "ADD") for index in range(1, 4)),
-        make_operator("average_pool", "MEAN", 0.9994, 1),
-        make_operator("logits", "FULLY_CONNECTED"),
-        make_operator("softmax", "SOFTMAX"),
-    ]
-    passed = all(row["passed"] for row in operators)
-    return {
-        "passed": passed,
-        "runtime": "litert 2.3.0",
-        "weights": {"compared": 77_360, "identical": 77_360},
-        "end_to_end": {"samples": 10_000, "identical": 0.99812, "max_lsb": 1, "top1_agreement": 0.9999},
-        "operators": operators,
-        "problems": [] if passed else ["1 operator misses its bound."],
-    }
-
-
-def make_latency(median: float, threads: int = 1) -> dict[str, Any]:
-    return {
-        "target": "host",
-        "runtime": "litert",
-        "runtime_version": "2.3.0",
-        "unit": "ms",
-        "threads": threads,
-        "warmup": 20,
-        "runs": 200,
-        "cost": {
-            "median": median,
-            "p90": 1.1 * median,
-            "min": 0.95 * median,
-            "max": 1.6 * median,
-            "mean": 1.02 * median,
-            "std": 0.05 * median,
-        },
-        "init_ms": 3.1,
-        "peak_memory_bytes": 12_300_000,
-        "delegate": None,
-        "agreement": None,
-        "device": CPU,
-    }
-
-
-def make_history(initial: float, values: list[float]) -> dict[str, Any]:
-    epochs = [
-        {
-            "epoch": epoch,
-            "loss": 0.42 - 0.01 * epoch,
-            "accuracy": value + 0.01,
-            "val_loss": 0.45,
-            "val_accuracy": value,
-            "learning_rate": 1e-4 / epoch,
-            "seconds": 41.3,
-        }
-        for epoch, value in enumerate(values, 1)
-    ]
-    best = max(range(len(values)), key=values.__getitem__) + 1 if values else None
-    return {"epochs": epochs, "best_epoch": best, "initial_val_accuracy": initial}
-
-
-def make_results() -> dict[str, Any]:
-    """A complete run: QAT gains 0.42 points over PTQ."""
-
-    def per_class(offset: float) -> list[dict[str, Any]]:
-        return [
-            {"class": label, "accuracy": 0.8 + 0.015 * index + offset * (index % 4 - 1), "samples": 1000}
-            for index, label in enumerate(CLASSES)
-        ]
-
-    variants = {
-        "float": make_variant("float", 0.8719, integer=False, per_class=per_class(0), agreement_with_float=1.0),
-        "ptq": make_variant("ptq", 0.8688, per_class=per_class(-0.006), agreement_with_float=0.9812),
-        "qat": make_variant("qat", 0.873, per_class=per_class(0.004), agreement_with_float=0.9745),
-    }
-    names = ["data", "float", "ptq", "qat", "convert", "inspect", "parity", "evaluate", "bench", "report"]
-    return {
-        "schema_version": 1,
-        "mobileqat": "0.1.0",
-        "name": "cifar10_resnet8_w8a8",
-        "description": "MLPerf Tiny ResNet8 on CIFAR-10, from its reference weights to int8",
-        "created": "2026-11-20T16:00:00+00:00",
-        "seconds": 812.0,
-        "verdict": decide(variants, 0.1),
-        "recipe": {"name": "cifar10_resnet8_w8a8", "seed": 0, "qat": {"epochs": 10, "learning_rate": 0.0001}},
-        "data": {
-            "source": "cifar10",
-            "class_names": CLASSES,
-            "train": 45_000,
-            "validation": 5_000,
-            "test": 10_000,
-            "calibration": 512,
-        },
-        "model": {"name": "resnet8", "parameters": 78_666},
-        "variants": variants,
-        "training": {
-            "float": make_history(0.8752, []),
-            "qat": make_history(0.8706, [0.868, 0.8702, 0.8738, 0.8731, 0.8752, 0.8766, 0.8771, 0.8768, 0.877, 0.8769]),
-        },
-        "plan": [
-            {
-                "tensor": f"stack{index}/add",
-                "shape": [32, 32, 16],
-                "operator": "ADD",
-                "layers": [f"stack{index}/add", f"stack{index}/relu"],
-                "bits": 8,
-                "parameters": "a range of its own",
-                "shared_with": None,
-                "scale": 0.02351234,
-                "zero_point": -128,
-                "minimum": 0.0,
-                "maximum": 5.9956,
-            }
-            for index in range(1, 20)
-        ],
-        "steps": [{"name": name, "status": "done", "seconds": 41.5, "message": ""} for name in names],
-        "environment": {"python": "3.11.7", "tensorflow": "2.21.0", "numpy": "2.2.0", "machine": CPU},
-    }
-
-
-def make_failed_results() -> dict[str, Any]:
-    """The same run, ended by parity: no evaluation, no latency, no verdict."""
-    results = make_results()
-    del results["verdict"]
-    results["steps"] = results["steps"][:7]
-    results["steps"][6] |= {"status": "failed", "message": "ptq.tflite: conv1 misses its bound."}
-    for variant in results["variants"].values():
-        for part in ("accuracy", "per_class", "agreement_with_float", "bench", "parity"):
-            del variant[part]
-    return results
+SECTIONS = ["charts", "training", "layers", "graph", "excluded", "parity", "inspection", "plan", "steps"]
+SECTIONS += ["environment", "recipe"]
+CHARTS = ["tradeoff", "accuracy", "classes", "latency", "training-qat"]
+LAYER_CHARTS = ["profile", "ranges", "noise", "weights", "outputs"]
 
 
 # --- verdict
@@ -475,7 +305,7 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
+        self.tags.append("tooltip" if tag == "title" and "svg" in self.open else tag)
         self.attributes += attrs
         values = dict(attrs)
         if values.get("id"):
@@ -498,6 +328,13 @@ class Page(HTMLParser):
 
 
 def check_page(html: str) -> Page:
+    """What holds for every page of a run."""
+    page = check_nesting(html)
+    assert set(SECTIONS) <= set(page.ids)
+    return page
+
+
+def check_nesting(html: str) -> Page:
     """What holds for every page."""
     page = Page(html)
     assert html.startswith("<!DOCTYPE html>")
@@ -508,7 +345,6 @@ def check_page(html: str) -> Page:
     assert page.tags.count("h1") == 1 and page.tags.count("title") == 1
     assert len(page.ids) == len(set(page.ids))
     assert {link.removeprefix("#") for link in page.links} <= set(page.ids)
-    assert set(SECTIONS) <= set(page.ids)
     assert page.tags.count("table") == page.tags.count("caption")
     assert "Undefined" not in html and "None" not in page.text
     return page
@@ -520,7 +356,10 @@ def test_page_of_a_complete_run() -> None:
     headline = results["verdict"]["headline"]
     assert headline in page.text
     assert page.text.index(headline) < page.text.index("Accuracy, interpreter")
-    assert page.tags.count("svg") == 4
+    assert [id for id in page.ids if id.startswith("chart-")] and set(page.ids) >= {
+        f"chart-{name}" for name in [*CHARTS, *LAYER_CHARTS]
+    }
+    assert page.tags.count("svg") == len(CHARTS) + len(LAYER_CHARTS) + 1  # and the graph
     for text in (
         "87.30 %",
         "+0.11",
@@ -541,7 +380,7 @@ def test_page_of_a_failed_run_says_which_step_is_missing() -> None:
     assert "Step parity failed. ptq.tflite: conv1 misses its bound." in page.text
     assert "Not available: step parity failed" in page.text
     assert "98.5 kB" in page.text
-    assert page.tags.count("svg") == 1  # the training curve
+    assert page.tags.count("svg") == 2  # the training curve and the ranges
 
 
 def test_page_of_a_run_that_went_on_after_failed_checks_shows_them_and_the_verdict() -> None:
@@ -572,7 +411,7 @@ def test_page_without_qat_and_bench() -> None:
     results["verdict"] = decide(results["variants"], 0.1)
     page = check_page(render_html(results))
     assert "Not available: step qat skipped: qat.enabled is false." in page.text
-    assert "Latency" not in page.text
+    assert "Latency" not in page.text and "chart-profile" not in page.ids
 
 
 @pytest.mark.parametrize("key", [None, *make_results()])
@@ -626,7 +465,7 @@ def test_charts_use_the_colours_of_the_page() -> None:
     results["variants"]["qat"]["bench"].append(make_latency(0.2, threads=2))
     results["training"]["float"] = make_history(0.1, [0.7, float("nan"), 0.87])
     charts = {chart.name: chart for chart in draw_charts(results)}
-    assert list(charts) == ["accuracy", "classes", "training-qat", "training-float", "latency"]
+    assert list(charts) == [*CHARTS, "training-float"]
     for chart in charts.values():
         assert "currentColor" in chart.svg and "var(--" in chart.svg and "#0102" not in chart.svg
         assert 'viewBox="0 0 400 ' in chart.svg
@@ -659,7 +498,9 @@ def test_many_classes_show_the_largest_changes() -> None:
             for index in range(100)
         ]
     chart = next(chart for chart in draw_charts(results) if chart.name == "classes")
-    assert chart.caption == "Change in accuracy against float, the largest first; 12 of 100 classes."
+    assert chart.caption == (
+        "Change in accuracy against float, the largest first; 12 of 100 classes. 1 of 100 classes did not change."
+    )
     assert "class 99" in chart.svg and "class 87" not in chart.svg
 
 
@@ -717,3 +558,126 @@ def test_instructions_have_a_chart_of_their_own():
     assert "instructions, millions" in charts["instructions"].svg and "1e6" not in charts["instructions"].svg
     cells = {row.label: row.cells for row in comparison_rows(results["variants"])}
     assert cells["Instructions, arm:cortex-a53, litert, 1 thread"] == ("7.060 M", "-", "5.010 M")
+
+
+# --- layers, graph, islands
+
+
+def layer_charts(results: dict[str, Any]) -> dict[str, Any]:
+    return {chart.name: chart for chart in draw_layer_charts(results)}
+
+
+def test_every_chart_has_its_numbers():
+    results = make_results()
+    for chart in (*draw_charts(results), *draw_layer_charts(results)):
+        assert chart.table.rows, chart.name
+        assert {len(row) for row in chart.table.rows} == {len(chart.table.columns)}, chart.name
+        assert all(isinstance(cell, str) for row in chart.table.rows for cell in row), chart.name
+
+
+def test_noise_stands_beside_parity():
+    results = make_results()
+    results["variants"]["qat"]["parity"] = make_parity([make_operator("conv1", identical=0.9, max_lsb=3)])
+    chart = layer_charts(results)["noise"]
+    assert "conv1 41.2 dB; add1 44.0 dB; softmax 50.1 dB" in chart.description
+    assert ("conv1", "QAT", "CONV_2D", "41.2 dB", "39.2 dB", "90.000 %", "3") in chart.table.rows
+    assert ("add1", "QAT", "ADD", "44.0 dB", "42.0 dB", "-", "-") in chart.table.rows
+    assert "var(--bad)" in chart.svg  # conv1 misses its bound
+    assert "var(--bad)" not in layer_charts(make_results())["noise"].svg
+
+
+def test_the_noisiest_layers_of_a_large_model_are_drawn_and_all_are_in_the_table():
+    results = make_results()
+    row = make_layers()[0] | {"weights": None, "activations": None}
+    layers = [row | {"operator": f"op{index}", "own_sqnr_db": float(20 + index)} for index in range(100)]
+    results["variants"]["qat"]["layers"] = layers
+    chart = layer_charts(results)["noise"]
+    assert "The 40 noisiest of 100 operators." in chart.caption
+    assert ">op39<" in chart.svg and ">op40<" not in chart.svg
+    assert sum(cells[0].startswith("op") for cells in chart.table.rows) == 100
+
+
+def test_ranges_over_training():
+    chart = layer_charts(make_results())["ranges"]
+    assert chart.table.rows == (
+        ("conv1_relu", "0 to 6", "0 to 3.5", "41.7 %"),
+        ("add1", "-1 to 3", "-1 to 3", "0.0 %"),
+    )
+
+
+def test_histograms_say_how_the_grid_is_used():
+    charts = layer_charts(make_results())
+    # 5 + 30 of 593 in the bins at the ends; the bin of 0 has 9.
+    assert charts["weights"].table.rows == (("conv1", "CONV_2D", "8", "5.90 %", "1.52 %"),)
+    operator, kind, central, clipped = charts["outputs"].table.rows[0]
+    assert (operator, kind, clipped) == ("conv1", "CONV_2D", "0.20 %")
+    assert central == "-128 to 126"
+
+
+def test_time_by_kind_of_operator():
+    chart = layer_charts(make_results())["profile"]
+    assert "CONV_2D float 600.00 µs, PTQ 200.00 µs, QAT 200.00 µs; ADD float 30.00 µs" in chart.description
+    assert len(chart.table.rows) == 9
+
+
+def test_graph_shows_each_tensor_with_its_grid():
+    graph = draw_graph(make_results())
+    assert graph is not None and graph.file == "qat.tflite"
+    for text in (
+        "CONV_2D",
+        "conv1_relu",
+        "int8 1 \N{MULTIPLICATION SIGN} 32 \N{MULTIPLICATION SIGN} 32",
+        "scale 0.0235, zero point -128",
+        "41.2 dB",
+        "(output)",
+    ):
+        assert text in graph.svg
+    paths = re.findall(r'<path d="([^"]+)"', graph.svg)
+    # Three steps down the column, and one lane around conv1 from the input to add1.
+    assert sorted("H" in path for path in paths) == [False, False, False, True]
+    assert graph.table.rows[2][:4] == ("add1", "2", "ADD", "conv1_relu, image")
+
+
+def test_lanes_do_not_cross_what_overlaps():
+    from mobileqat.report.graph import _lanes
+
+    edges = [(0, 4), (1, 3), (3, 6), (2, 9)]
+    lanes = _lanes(edges)
+    for first in edges:
+        for other in edges:
+            if first != other and first[0] < other[1] and other[0] < first[1]:
+                assert lanes[first] != lanes[other], (first, other)
+    assert lanes[1, 3] == lanes[3, 6] == 0
+
+
+def test_a_graph_that_is_too_large_is_not_drawn():
+    results = make_results()
+    results["graph"] = {"variant": "qat", "omitted": 1234}
+    assert "qat.tflite has 1234 operators: too many to draw." in check_page(render_html(results)).text
+
+
+def test_what_is_excluded_says_why_and_what_it_costs():
+    results = make_results()
+    results["islands"] = make_islands()
+    profile = results["variants"]["qat"]["bench"][0]["profile"]
+    profile[1]["name"] = "add1/float32"
+    profile += [{"name": "conv1_relu/float32", "kind": "DEQUANTIZE", "cost": 0.004, "calls": 1}]
+    excluded, borders = excluded_table(results), border_table(results)
+    assert excluded is not None and borders is not None
+    assert excluded.rows == (
+        ("add1", "ADD", "exclude: add*", "50.00 µs"),
+        ("more", "MUL", "follows what it reads", "-"),
+    )
+    assert [row[1:] for row in borders.rows] == [
+        ("DEQUANTIZE", "conv1", "add1", "4,096"),
+        ("QUANTIZE", "add1", "the output", "4,096"),
+    ]
+    assert cost_sentence(results) == (
+        "Of 264.00 µs in operators measured one by one, those in float take 50.00 µs and conversions 4.00 µs."
+    )
+    page = check_page(render_html(results))
+    assert "exclude: add*" in page.text and "Nothing is excluded" not in page.text
+
+
+def test_nothing_excluded_is_said():
+    assert "Nothing is excluded" in check_page(render_html(make_results())).text

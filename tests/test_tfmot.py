@@ -127,7 +127,7 @@ def test_every_artefact_is_there(run):
     expected = {"environment.json", "recipe.yaml", "report.html", "report.json", ".lock"}
     expected |= {"float.tflite", "ptq.tflite", "qat.tflite", "models/float.h5", "models/qat.h5"}
     expected |= {f"outputs/{variant}.npz" for variant in ("float", "ptq", "qat")}
-    expected |= {f"steps/{step}.json" for step in pipeline.STEPS}
+    expected |= {f"steps/{step}.json" for step in pipeline.STEPS} | {"model_card.md"}
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith("tensorboard/")} == expected
     assert list(directory.glob("tensorboard/qat/train/events.*"))

@@ -227,16 +227,24 @@ def _top1(values: np.ndarray) -> np.ndarray:
 
 def _with_profiles(outcome: Outcome, target: Target, jobs: Sequence[Job], settings: Settings) -> Outcome:
     """Adds what each operator costs as a model of its own: without what the runtime fuses across operators."""
+    parts = {job.name: flatbuffer.single_operators(job.model.content) for job in jobs}
+    models = {name: [flatbuffer.read(content) for _, content in rows] for name, rows in parts.items()}
+    # All files in one go, in turns: a machine that gets slower meanwhile is so for all of them.
+    single = [
+        Job("operator", model, tuple(random_vectors(model, 1)), wants_outputs=False)
+        for rows in models.values()
+        for model in rows
+    ]
+    answers = iter(target.run(single, settings).measurements if single else ())
     profiled = []
     for job, measured in zip(jobs, outcome.measurements, strict=True):
-        parts = flatbuffer.single_operators(job.model.content)
-        models = [flatbuffer.read(content) for _, content in parts]
-        single = [Job("operator", model, tuple(random_vectors(model, 1)), wants_outputs=False) for model in models]
-        rows = target.run(single, settings).measurements if single else ()
-        costs = [float(np.median(row.costs)) for row in rows]
-        names = [job.model.tensors[operator.outputs[0]].name for operator, _ in parts]
-        profile = [OperatorCost(n, op.name, cost) for n, (op, _), cost in zip(names, parts, costs, strict=True)]
-        profiled.append(replace(measured, profile=tuple(profile)))
+        profile = tuple(
+            OperatorCost(
+                job.model.tensors[operator.outputs[0]].name, operator.name, float(np.median(next(answers).costs))
+            )
+            for operator, _ in parts[job.name]
+        )
+        profiled.append(replace(measured, profile=profile))
     return replace(outcome, measurements=tuple(profiled))
 
 

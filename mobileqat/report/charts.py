@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -19,9 +19,11 @@ from xml.etree import ElementTree
 from mobileqat.report import formats
 from mobileqat.report.results import (
     VARIANTS,
+    Place,
     accuracy,
     cost,
     cost_places,
+    cost_ratio,
     difference_points,
     number,
     present_variants,
@@ -33,10 +35,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _WIDTH = 400  # px
-_INK = "#010203"
-_COLOURS = {"float": "#010204", "ptq": "#010205", "qat": "#010206"}
-_CSS_COLOURS = {_INK: "currentColor", **{colour: f"var(--{name})" for name, colour in _COLOURS.items()}}
-_MARKERS = {"float": "s", "ptq": "o", "qat": "D"}
+INK = "#010203"
+COLOURS = {"float": "#010204", "ptq": "#010205", "qat": "#010206"}
+BAD = "#010207"
+_CSS_COLOURS = {INK: "currentColor", BAD: "var(--bad)"} | {colour: f"var(--{name})" for name, colour in COLOURS.items()}
+MARKERS = {"float": "s", "ptq": "o", "qat": "D"}
 _MOST_CLASSES = 12
 _LABEL_CHARACTERS = 20
 _STYLE = {
@@ -44,20 +47,33 @@ _STYLE = {
     "svg.hashsalt": "mobileqat",  # the same ids each time
     "text.parse_math": False,  # "$" in the name of a class is a "$"
     "font.size": 11,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.linewidth": 0.6,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.formatter.useoffset": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "grid.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
     "grid.alpha": 0.15,
     "legend.frameon": False,
     "lines.linewidth": 1.8,
 }
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers behind a chart, as written; the first cell of a row names it."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def is_numeric(self) -> list[bool]:
+        """Whether a column holds numbers, or nothing."""
+        return [all(row[place][:1] in tuple("+-0123456789") for row in self.rows) for place in range(len(self.columns))]
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,7 @@ class Chart:
         svg: markup, safe to insert; labelled with `description`.
         caption: how to read it.
         description: the content in words, for those who do not see it.
+        table: its numbers.
     """
 
     name: str
@@ -75,6 +92,12 @@ class Chart:
     svg: str
     caption: str
     description: str
+    table: Table
+
+    @property
+    def height(self) -> float:
+        """Of the drawing, in its own units."""
+        return float(self.svg.split('viewBox="', 1)[1].split('"', 1)[0].split()[3])
 
 
 def draw_charts(results: Mapping[str, Any]) -> list[Chart]:
@@ -102,9 +125,9 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
     if not shares:
         return None
     figure, axes = canvas(height=70 + 40 * len(shares))
-    words = []
+    words, rows = [], []
     for row, (name, share) in enumerate(shares.items()):
-        colour, marker, text = _COLOURS[name], _MARKERS[name], formats.percent(share)
+        colour, marker, text = COLOURS[name], MARKERS[name], formats.percent(share)
         samples = number(variants[name], "accuracy", "samples")
         low, high = wilson_interval(share, samples) if samples else (share, share)
         axes.plot([100 * low, 100 * high], [row, row], lw=1.2, color=colour)
@@ -112,49 +135,120 @@ def _draw_accuracy(results: Mapping[str, Any]) -> Chart | None:
         axes.annotate(text, (100 * share, row), (0, 9), textcoords="offset points", ha="center")
         words.append(f"{VARIANTS[name]} {text} ({formats.percent(low)} to {formats.percent(high)})")
         simulation = number(variants[name], "accuracy", "simulation")
+        rows.append((VARIANTS[name], text, *map(formats.percent, (low, high, simulation)), formats.count(samples)))
         if simulation is not None:
             axes.plot(100 * simulation, row, marker, ms=11, mfc="none", mec=colour, mew=1)
     label_rows(axes, [VARIANTS[name] for name in shares])
     axes.set_ylim(len(shares) - 0.5, -0.7)
     axes.margins(x=0.12)
     axes.set_xlabel("accuracy, %")
-    return _chart(
+    return drawn(
         figure,
         "accuracy",
         "What does quantization cost?",
         "Accuracy of each file in the interpreter, with its 95 % confidence interval. Outline: Keras "
         "simulation. The axis does not start at zero.",
         f"Accuracy in the interpreter: {'; '.join(words)}.",
+        Table(("File", "Accuracy", "95 % interval from", "to", "Simulation", "Samples"), tuple(rows)),
     )
+
+
+def _draw_tradeoff(results: Mapping[str, Any]) -> Chart | None:
+    variants = present_variants(results.get("variants"))
+    places = list(cost_places(variants, "ms"))
+    axes_of: list[tuple[str, Callable[[Any], float | None], Callable[[float | None], str]]] = []
+    if places:
+        label = f"latency, ms ({formats.place(*places[0])})"
+        axes_of.append((label, lambda variant: cost(variant, places[0]), formats.milliseconds))
+    axes_of.append(("size, kB", lambda variant: _thousands(number(variant, "size_bytes")), _kilobytes))
+    shares = {name: share for name in variants if (share := accuracy(variants[name])) is not None}
+    if len(shares) < 2:
+        return None
+    figure, places_of = panels(230, columns=len(axes_of))
+    for axes, (label, quantity, _) in zip(places_of, axes_of, strict=True):
+        for name, share in shares.items():
+            value = quantity(variants[name])
+            if value is not None:
+                axes.plot(value, 100 * share, MARKERS[name], ms=8, color=COLOURS[name], label=VARIANTS[name])
+        axes.set_xlim(left=0, right=1.15 * max([quantity(variants[name]) or 0 for name in shares]) or 1)
+        _percent_limits(axes, shares.values())
+        axes.grid()
+        axes.set_axisbelow(True)
+        axes.locator_params(axis="x", nbins=4)
+        axes.set_xlabel(label, fontsize=10)
+    places_of[0].set_ylabel("accuracy, %")
+    for axes in places_of[1:]:
+        axes.sharey(places_of[0])
+        axes.tick_params(axis="y", labelleft=False)
+    handles, labels = places_of[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    rows = [
+        (VARIANTS[name], formats.percent(share), *(write(quantity(variants[name])) for _, quantity, write in axes_of))
+        for name, share in shares.items()
+    ]
+    return drawn(
+        figure,
+        "tradeoff",
+        "What does accuracy cost?",
+        "Up and to the left is better. Accuracy does not start at zero, latency and size do.",
+        f"Accuracy against cost: {'; '.join(', '.join(row) for row in rows)}.",
+        Table(("File", "Accuracy", *(label for label, _, _ in axes_of)), tuple(rows)),
+    )
+
+
+def _thousands(value: float | None) -> float | None:
+    return None if value is None else value / 1e3
+
+
+def _kilobytes(value: float | None) -> str:
+    return formats.kilobytes(None if value is None else 1e3 * value)
 
 
 def _draw_classes(results: Mapping[str, Any]) -> Chart | None:
     differences = class_differences(results.get("variants"))
-    if not any(difference for _, row in differences for difference in row.values()):
+    changed = [(label, row) for label, row in differences if any(row.values())]
+    if not changed:
         return None
-    largest = sorted(differences, key=lambda row: -max(abs(d) for d in row[1].values()))[:_MOST_CLASSES]
+    largest = sorted(changed, key=lambda row: -max(abs(d) for d in row[1].values()))[:_MOST_CLASSES]
     figure, axes = canvas(height=95 + 20 * len(largest))
     names = [name for name in VARIANTS if any(name in row for _, row in largest)]
-    axes.axvline(0, color=_INK, lw=0.8)
+    axes.axvline(0, color=INK, lw=0.8)
     for name, offset in zip(names, (-0.16, 0.16) if len(names) == 2 else (0,), strict=True):
         points = [row.get(name, math.nan) for _, row in largest]
         places = [place + offset for place in range(len(largest))]
-        axes.plot(points, places, _MARKERS[name], ms=5, color=_COLOURS[name], label=VARIANTS[name])
+        axes.plot(points, places, MARKERS[name], ms=5, color=COLOURS[name], label=VARIANTS[name])
     label_rows(axes, [shortened(label) for label, _ in largest])
     axes.set_ylim(len(largest) - 0.5, -0.5)
     axes.set_xlabel("difference to float, points")
     figure.legend(loc="outside lower center", ncols=len(names))
-    omitted = f"; {len(largest)} of {len(differences)} classes" if len(differences) > len(largest) else ""
+    omitted = f"; {len(largest)} of {len(differences)} classes" if len(changed) > len(largest) else ""
+    same = len(differences) - len(changed)
+    unchanged = f" {same} of {len(differences)} classes did not change." if same else ""
     words = (
         f"{label} " + ", ".join(f"{VARIANTS[n]} {formats.points(d)}" for n, d in row.items()) for label, row in largest
     )
-    return _chart(
+    return drawn(
         figure,
         "classes",
         "Which classes pay?",
-        f"Change in accuracy against float, the largest first{omitted}.",
+        f"Change in accuracy against float, the largest first{omitted}.{unchanged}",
         f"Difference to float in points, by class: {'; '.join(words)}.",
+        _class_table(results, dict(differences)),
     )
+
+
+def _class_table(results: Mapping[str, Any], differences: Mapping[str, Mapping[str, float]]) -> Table:
+    names = [name for name in VARIANTS if any(name in row for row in differences.values())]
+    rows = [
+        (
+            row["class"],
+            formats.count(row.get("samples")),
+            formats.percent(row["accuracy"]),
+            *(formats.points(differences.get(row["class"], {}).get(name)) for name in names),
+        )
+        for row in results["variants"]["float"]["per_class"]
+    ]
+    return Table(("Class", "Samples", "float", *(f"{VARIANTS[name]} - float, points" for name in names)), tuple(rows))
 
 
 def class_differences(variants: Mapping[str, Any] | None) -> list[tuple[str, dict[str, float]]]:
@@ -206,14 +300,14 @@ def _draw_training(
         caption += " Epoch 0: before training."
     training = {row["epoch"]: value for row in epochs if (value := number(row, "accuracy")) is not None}
     figure, axes = canvas(height=260)
-    colour = _COLOURS[name]
+    colour = COLOURS[name]
     if training:
         label = f"{VARIANTS[name]}, training data"
         axes.plot(list(training), _percents(training), lw=1, alpha=0.6, color=colour, label=label)
     axes.plot(list(curve), _percents(curve), "-o", ms=4, color=colour, label=f"{VARIANTS[name]}, validation")
     for level, style in zip(levels, ("--", "-."), strict=False):
         label = f"{VARIANTS[level]}, validation"
-        axes.axhline(100 * levels[level], ls=style, lw=1.3, color=_COLOURS[level], label=label)
+        axes.axhline(100 * levels[level], ls=style, lw=1.3, color=COLOURS[level], label=label)
     best = number(history, "best_epoch")
     words = [f"{VARIANTS[level]} {formats.percent(value)}" for level, value in levels.items()]
     words += [f"epoch {epoch} {formats.percent(value)}" for epoch, value in curve.items()]
@@ -221,12 +315,36 @@ def _draw_training(
         axes.plot(best, 100 * curve[best], "o", ms=11, mfc="none", mec=colour, mew=1.2)
         words.append(f"best epoch {best}")
         caption += f" Ring: the epoch that was kept, {best}."
+    _percent_limits(axes, [*training.values(), *curve.values(), *levels.values()])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.grid(axis="y")
     axes.set_xlabel("epoch")
     axes.set_ylabel("accuracy, %")
     figure.legend(loc="outside lower center", ncols=2, fontsize=10)
-    return _chart(figure, f"training-{name}", title, caption, f"Validation accuracy: {'; '.join(words)}.")
+    return drawn(
+        figure,
+        f"training-{name}",
+        title,
+        caption,
+        f"Validation accuracy: {'; '.join(words)}.",
+        _epoch_table(epochs, before),
+    )
+
+
+def _epoch_table(epochs: Sequence[Mapping[str, Any]], before: float | None) -> Table:
+    columns: dict[str, tuple[str, Callable[[float | None], str]]] = {
+        "loss": ("Loss", formats.significant),
+        "accuracy": ("Accuracy", formats.percent),
+        "val_loss": ("Validation loss", formats.significant),
+        "val_accuracy": ("Validation accuracy", formats.percent),
+        "learning_rate": ("Learning rate", formats.significant),
+        "seconds": ("Time", formats.seconds),
+    }
+    rows = [(str(row["epoch"]), *(write(number(row, key)) for key, (_, write) in columns.items())) for row in epochs]
+    if before is not None:
+        first = (formats.percent(before) if key == "val_accuracy" else formats.MISSING for key in columns)
+        rows = [("0", *first), *rows]
+    return Table(("Epoch", *(label for label, _ in columns.values())), tuple(rows))
 
 
 def _initial(history: Mapping[str, Any] | None) -> float | None:
@@ -253,6 +371,11 @@ def _draw_instructions(results: Mapping[str, Any]) -> Chart | None:
     return _draw_costs(results, "instructions", "instructions", "How much work is it on ARM?", caption)
 
 
+def _draw_cycles(results: Mapping[str, Any]) -> Chart | None:
+    caption = "Cycles of one inference{where}, as the compiler estimates them."
+    return _draw_costs(results, "cycles", "cycles", "How long does an accelerator take?", caption)
+
+
 def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, caption: str) -> Chart | None:
     variants = present_variants(results.get("variants"))
     write = formats.COSTS[unit]
@@ -270,8 +393,8 @@ def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, ca
     longest = max(max(median, cost(variants[n], key, "p90") or 0) for n, key, median in bars) / one
     for row, (variant, key, median) in enumerate(bars):
         p90 = (cost(variants[variant], key, "p90") or median) / one
-        axes.barh(row, median / one, 0.6, color=_COLOURS[variant])
-        axes.plot([median / one, p90], [row, row], "-|", color=_INK, lw=1, ms=7)
+        axes.barh(row, median / one, 0.6, color=COLOURS[variant])
+        axes.plot([median / one, p90], [row, row], "-|", color=INK, lw=1, ms=7)
         axes.annotate(write(median), (p90, row), (5, 0), textcoords="offset points", va="center_baseline")
     several = len(keys) > 1
     labels = [f"{VARIANTS[n]}, {formats.place(*key)}" if several else VARIANTS[n] for n, key, _ in bars]
@@ -281,16 +404,37 @@ def _draw_costs(results: Mapping[str, Any], unit: str, name: str, title: str, ca
     axes.set_xlabel(f"{name}, {label}")
     where = "" if several else f" ({formats.place(*next(iter(keys)))})"
     words = (f"{label} {write(bar[2])}" for label, bar in zip(labels, bars, strict=True))
-    return _chart(figure, name, title, caption.format(where=where), f"Median {name}: {'; '.join(words)}.")
+    return drawn(
+        figure,
+        name,
+        title,
+        caption.format(where=where),
+        f"Median {name}: {'; '.join(words)}.",
+        _cost_table(variants, bars, write),
+    )
+
+
+def _cost_table(
+    variants: Mapping[str, Any], bars: Sequence[tuple[str, Place, float]], write: Callable[[float | None], str]
+) -> Table:
+    rows = []
+    for variant, key, median in bars:
+        beside = formats.factor(cost_ratio(variants[variant], variants.get("float"), key))
+        spread = (write(cost(variants[variant], key, statistic)) for statistic in ("min", "p90", "max"))
+        rows.append((VARIANTS[variant], formats.place(*key), write(median), *spread, beside))
+    columns = ("File", "Where", "Median", "Minimum", "90th percentile", "Maximum", "Ratio to float")
+    return Table(columns, tuple(rows))
 
 
 _DRAWINGS = (
+    _draw_tradeoff,
     _draw_accuracy,
     _draw_classes,
-    _draw_qat_training,
-    _draw_float_training,
     _draw_latency,
     _draw_instructions,
+    _draw_cycles,
+    _draw_qat_training,
+    _draw_float_training,
 )
 
 
@@ -298,10 +442,16 @@ _DRAWINGS = (
 
 
 def canvas(height: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = panels(height)
+    return figure, axes
+
+
+def panels(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of the page's width with axes row by row; the SVG's unit is 1/72 inch."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")  # the SVG's unit is 1/72 inch
-    return figure, figure.subplots()
+    figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).ravel())
 
 
 def label_rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -313,25 +463,36 @@ def label_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.set_axisbelow(True)
 
 
+def _percent_limits(axes: Axes, shares: Iterable[float]) -> None:
+    """Room around the values, and no axis of less than a point: what is equal shall look equal."""
+    low, high = 100 * min(shares), 100 * max(shares)
+    room = max(0.15 * (high - low), 0.5)
+    axes.set_ylim(low - room, high + room)
+
+
 def _percents(curve: Mapping[int, float]) -> list[float]:
     return [100 * value for value in curve.values()]
 
 
-def shortened(label: str) -> str:
-    label = _printable(label)
-    return label if len(label) <= _LABEL_CHARACTERS else f"{label[: _LABEL_CHARACTERS - 1]}…"
+def shortened(label: str, characters: int = _LABEL_CHARACTERS) -> str:
+    """The end of a long label tells layers apart as often as its start: the middle goes."""
+    label = printable(label)
+    if len(label) <= characters:
+        return label
+    start = (characters - 1) // 2
+    return f"{label[:start]}…{label[start + 1 - characters :]}"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Names of folders can hold characters that XML cannot."""
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
-def _chart(figure: Figure, name: str, title: str, caption: str, description: str) -> Chart:
-    return Chart(name, title, _to_svg(figure, name, description), caption, description)
+def drawn(figure: Figure, name: str, title: str, caption: str, description: str, table: Table) -> Chart:
+    return Chart(name, title, to_svg(figure, name, description), caption, description, table)
 
 
-def _to_svg(figure: Figure, name: str, description: str) -> str:
+def to_svg(figure: Figure, name: str, description: str) -> str:
     """SVG to stand inside HTML: no namespaces, metadata or global styles, ids that are unique in the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -350,7 +511,7 @@ def _to_svg(figure: Figure, name: str, description: str) -> str:
         element.attrib.update({key: _in_page(key, value, name) for key, value in attributes.items()})
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
-    root.attrib.update({"role": "img", "aria-label": _printable(description)})
+    root.attrib.update({"role": "img", "aria-label": printable(description)})
     return ElementTree.tostring(root, encoding="unicode", short_empty_elements=False)
 
 
