@@ -452,7 +452,8 @@ def _layers(run: Run) -> dict:
     """Noise of each layer and the graph of the last integer file: no check, only what the report draws."""
     integer = [variant for variant in run.variants if variant != "float"]
     has_plan = run.recipe.engine == "native"
-    layers = {variant: plot_data.noise(run.model(variant), run.test[0]) for variant in integer if has_plan}
+    samples = np.asarray(run.test[0][: max(plot_data.SAMPLES)])
+    layers = {variant: plot_data.noise(run.model(variant), samples) for variant in integer if has_plan}
     return {"layers": layers, "graph": {"variant": integer[-1], **plot_data.graph(run.file(integer[-1]))}}
 
 

@@ -79,7 +79,7 @@ def runner(monkeypatch, tmp_path):
         weights.touch()
         row = {"accuracy": 0.5 + 0.1 * cell.seed, "samples": 10, "size_bytes": 7, "fully_integer": True}
         variants = {"float": ["float"], "converter": ["ptq"]}.get(cell.what, ["ptq", "qat"])
-        return {"status": "done", "rows": dict.fromkeys(variants, row)}
+        return {"status": "done", "rows": dict.fromkeys(variants, row), "weights": go.weights}
 
     failing: set[str] = set()
     monkeypatch.setattr(run, "in_child", in_child)
@@ -95,6 +95,7 @@ def runner(monkeypatch, tmp_path):
         return failed, list(done)
 
     go.failing = failing
+    go.weights = "digest"
     go.results = tmp_path / "quick/results"
     return go
 
@@ -113,6 +114,15 @@ def test_a_run_goes_on_where_it_stopped(runner, capsys):
         "| **ours PTQ w8a8** | 55.00 (50.00 to 60.00) | 2 | 7 | yes |  | yes (+5.00) |"
         in (runner.results / "results.md").read_text()
     )
+
+
+def test_other_float_weights_make_results_old(runner):
+    runner()
+    path = runner.results / "fsdd.json"
+    results = json.loads(path.read_text())
+    results["float/0"]["weights"] = "of another training"
+    path.write_text(json.dumps(results))
+    assert runner() == (0, ["fsdd/w8a8/0", "fsdd/w8a8/1", "fsdd/converter/0"])
 
 
 def test_without_a_float_model_nothing_else_runs(runner, capsys):

@@ -5,6 +5,7 @@ Native code that dies, and Keras 2, stay in here. A peer that cannot do a cell s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -48,7 +49,9 @@ def main(job: Path) -> None:
     started = time.perf_counter()
     do = KINDS["ours" if cell.scheme else cell.what]
     try:
-        result = {"status": "done", "rows": do(cell, folder, weights, quick)}
+        result: dict[str, Any] = {"status": "done", "rows": do(cell, folder, weights, quick)}
+        if cell.what == "float":
+            result["weights"] = digest(weights)
     except Refused as refusal:
         result = {"status": "refused", "reason": str(refusal)}
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -70,8 +73,19 @@ def run_float(cell: Cell, folder: Path, weights: Path, quick: bool) -> dict:
         imported = folder / "imported.keras"
         import_keras2(data_file(task.keras2), imported)
     report = run_recipe(source_of(recipe_of(cell, quick, imported), quick), folder / "run")
+    weights.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "run/models/float.keras", weights)
     return {"float": row_of(report, "float")}
+
+
+def digest(model: Path) -> str:
+    """Of a model's weights, whatever file they are in."""
+    from mobileqat.models import load_model
+
+    content = hashlib.sha256()
+    for array in load_model(model).get_weights():
+        content.update(np.ascontiguousarray(array).tobytes())
+    return content.hexdigest()[:16]
 
 
 def run_ours(cell: Cell, folder: Path, weights: Path, quick: bool) -> dict:

@@ -4,8 +4,10 @@
     python benchmarks/accuracy/run.py --only 'fsdd/w8a8/*'             # TASK/WHAT/SEED, see tasks.py
     python benchmarks/accuracy/run.py --quick --runs FOLDER            # every cell on a few samples: does it work?
 
-A cell that is done is not done again unless its recipe changed.  Results: results/TASK.json and results/results.md
-beside this file; models and logs in the folder of runs.  With --quick results stay in the folder of runs.
+A cell that is done is not done again unless its recipe or its float model changed.  Results: results/TASK.json and
+results/results.md beside this file.  So that runs on several days and machines start from the same weights, the float
+models that are trained here are kept, too: models/TASK.keras.  All else is in the folder of runs; with --quick
+results and float models as well.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import table  # noqa: E402
-from tasks import Cell, cells, fingerprint  # noqa: E402
+from tasks import Cell, cells, fingerprint, trains_float  # noqa: E402
 
 from mobileqat.bench.host import describe_machine  # noqa: E402
 from mobileqat.errors import RecipeError  # noqa: E402
@@ -89,15 +91,16 @@ def select(wanted: Iterable[Cell], patterns: list[str] | None) -> list[Cell]:
 
 def outcome(cell: Cell, runs: Path, results: Results, settings: argparse.Namespace) -> dict:
     """What a cell ended with, now or in a run before."""
+    weights = float_model(cell, runs, settings.quick)
+    start = None if cell.what == "float" else (results.find(Cell(cell.task, "float", 0)) or {}).get("weights")
     try:
-        mark = fingerprint(cell, settings.quick)
+        mark = fingerprint(cell, settings.quick, start)
     except RecipeError as error:
         # A scheme that this version does not have; not final, so that it is run once it is there.
         reason = f"not in this version: {str(error).partition(', expected')[0]}"
         record = {"status": "failed", "reason": reason, "fingerprint": None}
         results.keep(cell, record)
         return record
-    weights = runs / cell.task / f"float-{fingerprint(Cell(cell.task, 'float', 0), settings.quick)}.keras"
     known = results.find(cell)
     has_model = cell.what != "float" or weights.is_file()
     if known and known["status"] in FINAL and known["fingerprint"] == mark and has_model:
@@ -110,6 +113,12 @@ def outcome(cell: Cell, runs: Path, results: Results, settings: argparse.Namespa
     record |= {"fingerprint": mark, "date": now, "machine": describe_machine(), "packages": packages()}
     results.keep(cell, record)
     return record
+
+
+def float_model(cell: Cell, runs: Path, quick: bool) -> Path:
+    """Where the float model is that a task's cells start from. Files of others are not kept with the results."""
+    is_kept = not quick and trains_float(cell)
+    return HERE / "models" / f"{cell.task}.keras" if is_kept else runs / cell.task / "float.keras"
 
 
 def in_child(cell: Cell, folder: Path, weights: Path, settings: argparse.Namespace) -> dict:

@@ -194,8 +194,19 @@ def source_of(recipe: Recipe, quick: bool, scale: float | None = None) -> Recipe
     )
 
 
-def fingerprint(cell: Cell, quick: bool) -> str:
-    """Changes with everything that a cell's result depends on and that this benchmark decides."""
+def trains_float(cell: Cell) -> bool:
+    """Whether the task's float model is trained here, rather than loaded from a file of others."""
+    return recipe_of(Cell(cell.task, "float", 0), False).float.epochs > 0
+
+
+def fingerprint(cell: Cell, quick: bool, start: str | None = None) -> str:
+    """Changes with everything that a cell's result depends on and that this benchmark decides.
+
+    Args:
+        cell: to run.
+        quick: how.
+        start: digest of the float model's weights, of cells that start from it.
+    """
     recipe = recipe_of(cell, quick).model_dump(mode="json", exclude_defaults=True)
     # Defaults are left out, so that a new key of the schema makes nothing old; and where files are does not matter.
     recipe["model"]["weights"] = Path(recipe["model"].get("weights") or "").name
@@ -205,5 +216,5 @@ def fingerprint(cell: Cell, quick: bool) -> str:
     if cell.what == "tfmot":
         facts["tfmot"] = [TASKS[cell.task].tfmot_batch, TFMOT_STEPS]
     if cell.what != "float":
-        facts["float"] = fingerprint(Cell(cell.task, "float", 0), quick)
+        facts["float"] = start
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
