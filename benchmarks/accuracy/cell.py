@@ -65,6 +65,8 @@ def main(job: Path) -> None:
 
 def run_float(cell: Cell, folder: Path, weights: Path, quick: bool) -> dict:
     """Trains the float model, or imports it, and leaves it in `weights`."""
+    from mobileqat.models import load_model
+
     task = TASKS[cell.task]
     imported = None
     if task.keras2:
@@ -74,7 +76,7 @@ def run_float(cell: Cell, folder: Path, weights: Path, quick: bool) -> dict:
         import_keras2(data_file(task.keras2), imported)
     report = run_recipe(source_of(recipe_of(cell, quick, imported), quick), folder / "run")
     weights.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "run/models/float.keras", weights)
+    load_model(folder / "run/models/float.keras").save(weights)  # without the optimizer's state
     return {"float": row_of(report, "float")}
 
 
