@@ -93,6 +93,7 @@ class Phone:
 
     def __enter__(self) -> Phone:
         self._loop = asyncio.new_event_loop()
+        self._shells: list[asyncio.subprocess.Process] = []  # every shell
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.port = self._call(self._listen(0))
@@ -189,6 +190,11 @@ class Phone:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for process in self._shells:  # also those whose client went away; a loop must not end before its children
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            process._transport.close()
+            await process.wait()
 
     async def vanish(self) -> None:
         """What a pulled cable or a reboot does."""
@@ -393,6 +399,7 @@ class _Connection:
             env=phone.environment(),
             start_new_session=True,
         )
+        phone._shells.append(process)
         watcher = asyncio.create_task(self._watch(stream, process))
         left = faults.after_bytes
         asked = sum(faults.die_on in each for each in phone.commands) if faults.die_on else 0
