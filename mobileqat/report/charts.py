@@ -468,6 +468,7 @@ def _percent_limits(axes: Axes, shares: Iterable[float]) -> None:
     low, high = 100 * min(shares), 100 * max(shares)
     room = max(0.15 * (high - low), 0.5)
     axes.set_ylim(low - room, high + room)
+    axes.set_yticks([tick for tick in axes.get_yticks() if low - room <= tick <= min(high + room, 100)])
 
 
 def _percents(curve: Mapping[int, float]) -> list[float]:
