@@ -14,22 +14,27 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from datetime import datetime
 from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from mobileqat.bench.targets import USAGES
 from mobileqat.errors import InspectionError, MobileQatError, ParityError
-from mobileqat.rundir import is_disk_full
+from mobileqat.progress import Advance, listening, task
+from mobileqat.rundir import is_disk_full, write_whole
 
 EXISTING = click.Path(path_type=Path)
 RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
 
+DATA_SOURCES = ("digits", "cifar10", "fashion_mnist", "fsdd", "kws01", "trashnet", "image_folder", "npz")
+
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json asks for).")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
 threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
@@ -38,9 +43,41 @@ delegate_option = click.option(
 )
 
 
+def _complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Shipped recipes by name; the shell's own completion of files where none fits."""
+    from mobileqat.recipe import list_recipes
+
+    rows = [CompletionItem(row.name, help=row.description) for row in list_recipes()]
+    return [CompletionItem(incomplete, type="file"), *(row for row in rows if row.value.startswith(incomplete))]
+
+
+def _complete_key(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of a recipe, for --set."""
+    from mobileqat.recipe import recipe_keys
+
+    rows = [CompletionItem(f"{key}=", help=description) for key, description in recipe_keys().items()]
+    return [row for row in rows if row.value.startswith(incomplete)]
+
+
+def _complete_from(names: Sequence[str]) -> Callable:
+    return lambda context, parameter, incomplete: [
+        CompletionItem(name) for name in names if name.startswith(incomplete)
+    ]
+
+
 def targets_option(default: tuple[str, ...]) -> Callable:
     """--target, any number of times."""
-    return click.option("--target", "targets", multiple=True, default=default, metavar="TARGET", help=USAGES + ".")
+    names = ("host", "arm:cortex-a53", "arm:cortex-a76", "android", "ssh://", "ethos-u55-128")
+    complete = _complete_from(names)
+    return click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        default=default,
+        metavar="TARGET",
+        help=USAGES + ".",
+        shell_complete=complete,
+    )
 
 
 def data_options(required: bool) -> Callable:
@@ -50,9 +87,12 @@ def data_options(required: bool) -> Callable:
         "source",
         required=required,
         metavar="SOURCE",
-        help="digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz or module:function.",
+        help=f"{', '.join(DATA_SOURCES)} or module:function.",
+        shell_complete=_complete_from(DATA_SOURCES),
     )
-    path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder and npz.")
+    path = click.option(
+        "--data-path", type=click.Path(), metavar="PATH", help="File or folder of image_folder and npz."
+    )
     size = click.option("--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder.")
     return lambda function: source(path(size(function)))
 
@@ -66,29 +106,54 @@ def main() -> None:
     Start here:
       mobileqat recipes                        what can be run
       mobileqat train digits_dscnn_w8a8        a whole run in about a minute
+      mobileqat new                            a recipe for your own data and model
     """
 
 
 def command(function: Callable) -> Callable:
-    """A subcommand with --debug, whose errors end in one message and the right exit code."""
+    """A subcommand with --debug and --quiet, whose errors end in one message and the right exit code."""
+    return main.command(context_settings={"show_default": True})(_guarded(function))
 
+
+def _guarded(function: Callable) -> Callable:
     @debug_option
+    @quiet_option
     @wraps(function)
-    def run(debug: bool, **arguments: Any) -> None:
+    def run(debug: bool, quiet: bool, **arguments: Any) -> None:
+        click.get_current_context().meta["quiet"] = quiet
         try:
             with warnings.catch_warnings(), _ends_like_ctrl_c():
                 if not debug:
                     _quiet_libraries()
-                with _only_json(arguments.get("as_json", False)):
+                with _output(arguments.get("as_json", False), quiet), listening(None if quiet else _Progress()):
                     function(**arguments)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
             _fail(error)
 
-    return main.command(context_settings={"show_default": True})(run)
+    return run
+
+
+class _Progress:
+    """Shows what takes long on stderr; what draws it is imported when there is something to draw."""
+
+    def __init__(self) -> None:
+        self._bars: Any = None
+
+    def __call__(self, what: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        if self._bars is None:
+            from mobileqat.console import stderr_bars
+
+            self._bars = stderr_bars()
+        return self._bars(what, total, unit)
+
+
+def _loading() -> AbstractContextManager[Advance]:
+    """For imports that take seconds."""
+    return task("loading TensorFlow")
 
 
 @contextmanager
@@ -105,10 +170,14 @@ def _ends_like_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def _only_json(as_json: bool) -> Iterator[None]:
-    """With --json, sends what others print, such as the progress of a download, to stderr."""
+def _output(as_json: bool, quiet: bool) -> Iterator[None]:
+    """With --quiet, drops what is printed; with --json, sends what others print, such as downloads, to stderr."""
     click.get_current_context().meta["stdout"] = sys.stdout
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with ExitStack() as stack:
+        if quiet:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
 
@@ -155,7 +224,7 @@ def _print_json(value: Any) -> None:
 
 
 @command
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_complete_recipe)
 @click.option("--out", type=EXISTING, help="Run directory.  [default: runs/RECIPE-TIME]")
 @click.option(
     "--set",
@@ -163,6 +232,7 @@ def _print_json(value: Any) -> None:
     multiple=True,
     metavar="KEY=VALUE",
     help="Override a recipe value, e.g. qat.epochs=2.",
+    shell_complete=_complete_key,
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out after its last finished step.")
 @json_option
@@ -180,10 +250,12 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
         raise click.UsageError("--resume needs --out, the directory of the run to continue.")
     directory = out or Path("runs") / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
     from mobileqat.console import RunDisplay
 
-    display = RunDisplay(quiet=as_json)
+    # Beside JSON, which has stdout for itself, a person at a terminal still sees how far the run is.
+    display = RunDisplay(quiet=click.get_current_context().meta["quiet"] or (as_json and not sys.stderr.isatty()))
     try:
         with display.log_to(directory):
             pipeline.train(settings, directory, resume=resume, display=display)
@@ -261,7 +333,8 @@ def convert(
     Example:
       mobileqat convert model.keras --data npz --data-path data.npz -o model.tflite
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.flatbuffer import inspect as inspect_file
 
     loaded = models.load_model(model)
@@ -326,6 +399,10 @@ def _check_output(path: Path, model: Path) -> None:
     """Says at once what would otherwise end the command after all its work."""
     if path.is_dir() or path.resolve() == model.resolve():
         raise MobileQatError(f"'{path}' is a folder, or the model itself. Expected another file to write: -o FILE.")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise MobileQatError(f"There is no folder '{path.parent}' to write '{path.name}' into. Make it first.")
 
@@ -397,7 +474,8 @@ def verify(files, source, data_path, image_size, samples, targets, delegate, run
       mobileqat verify runs/digits/models/qat.keras runs/digits/qat.tflite --data digits
       mobileqat verify runs/digits/qat.tflite --data digits --target arm:cortex-a53 --target android
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.bench import measure, show
     from mobileqat.bench.record import Settings
 
@@ -461,7 +539,8 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
     Example:
       mobileqat evaluate qat.tflite --data cifar10
     """
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
 
     dataset = pipeline.load_data(source, data_path, image_size)
     result = pipeline.evaluate_file(model, dataset, limit, runtime, threads)
@@ -493,7 +572,8 @@ def analyze(model, source, data_path, image_size, scheme, method, samples, limit
     Example:
       mobileqat analyze runs/digits/models/ptq.keras --data digits --out analysis
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.report.layers import print_analysis, write_analysis
 
     dataset = pipeline.load_data(source, data_path, image_size)
@@ -528,7 +608,8 @@ def search(model, source, data_path, image_size, budget, schemes, with_float, sa
     Example:
       mobileqat search model.keras --data cifar10 --budget size=70% -o mixed.yaml
     """
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
     from mobileqat.recipe import dump_recipe
     from mobileqat.report.layers import print_search
     from mobileqat.search import parse_budget
@@ -629,15 +710,19 @@ def doctor(targets: tuple[str, ...], as_json: bool) -> None:
     _exit_unless(all(check.found is not None or not check.is_needed for rows in checks.values() for check in rows))
 
 
-@command
+@main.group(invoke_without_command=True, context_settings={"show_default": True})
 @json_option
+@_guarded
 def recipes(as_json: bool) -> None:
-    """List the shipped recipes.
+    """List the shipped recipes, or show one.
 
     \b
     Example:
       mobileqat recipes
+      mobileqat recipes show digits_dscnn_w8a8
     """
+    if click.get_current_context().invoked_subcommand:
+        return
     from mobileqat.recipe import list_recipes
 
     rows = list_recipes()
@@ -647,4 +732,108 @@ def recipes(as_json: bool) -> None:
     width = max(len(row.name) for row in rows)
     for row in rows:
         click.echo(f"{row.name:<{width}}  {row.description}")
-    click.echo("\nRun one with: mobileqat train NAME")
+    click.echo("\nSee one with: mobileqat recipes show NAME\nRun one with: mobileqat train NAME")
+
+
+@recipes.command(context_settings={"show_default": True})
+@click.argument("recipe", shell_complete=_complete_recipe)
+@click.option("--full", is_flag=True, help="With every default written out; the recipe is checked.")
+@json_option
+@_guarded
+def show(recipe: str, full: bool, as_json: bool) -> None:
+    """Print a RECIPE: a file, or the name of a shipped one.
+
+    \b
+    Example:
+      mobileqat recipes show digits_dscnn_w8a8 --full
+    """
+    from mobileqat.recipe import dump_recipe, load_recipe, read_recipe
+
+    path, text = read_recipe(recipe)
+    if full or as_json:
+        settings = load_recipe(recipe)
+        if as_json:
+            _print_json({"path": str(path), "recipe": settings.model_dump(mode="json")})
+            return
+        text = dump_recipe(settings)
+    click.echo(text, nl=False)
+
+
+@command
+@click.argument("file", type=EXISTING, required=False)
+@click.option("--data", metavar="DATA", help="A folder of images, an .npz file, or a source's name.")
+@click.option("--data-path", metavar="PATH", help="What the source reads, if --data is image_folder or npz.")
+@click.option("--image-size", nargs=2, type=click.IntRange(1), metavar="H W", help="Resize images to it.")
+@click.option("--model", metavar="MODEL", help="A reference model, module:function, or a Keras file.")
+@click.option("--scheme", help="Bits of weights and activations.  [default: w8a8]")
+@click.option("--float-epochs", metavar="N", help="Before quantization; 0 for a trained model.")
+@click.option("--qat-epochs", metavar="N", help="Of fine-tuning; 0 stops at PTQ.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@json_option
+def new(file, data, data_path, image_size, model, scheme, float_epochs, qat_epochs, force, as_json) -> None:
+    """Write a recipe for your own data and model to FILE.
+
+    What the options leave open is asked for on a terminal, and takes its default elsewhere.
+
+    \b
+    Example:
+      mobileqat new flowers.yaml --data photos --image-size 96 96 --model mobilenet_v2 --float-epochs 20
+    """
+    from mobileqat.errors import RecipeError
+    from mobileqat.new import collect, write_recipe
+
+    given = {
+        "--data": data,
+        "--image-size": " ".join(map(str, image_size)) if image_size else None,
+        "--model": model,
+        "--scheme": scheme,
+        "--float-epochs": float_epochs,
+        "--qat-epochs": qat_epochs,
+    }
+    asks = sys.stdin.isatty() and not as_json and not click.get_current_context().meta["quiet"]
+
+    def ask(option: str, question: str, read: Callable, default: str | None) -> Any:
+        def answered(text: str) -> Any:
+            try:
+                return read(text)
+            except RecipeError as error:
+                raise click.UsageError(str(error)) from None  # which asks again
+
+        if given[option] is None and asks:
+            return click.prompt(question, default=default, value_proc=answered)
+        if given[option] is None and default is None:
+            raise click.UsageError(f"Missing option '{option}'. {question}.")
+        return read(given[option] or default)
+
+    answers = collect(ask, data_path)
+    path = file or Path(f"{answers.name}.yaml")
+    if path.exists() and not force:
+        raise MobileQatError(f"'{path}' is there already. Choose another FILE, or replace it with --force.")
+    _check_folder(path)
+    text = write_recipe(answers, str(path))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if as_json:
+        _print_json({"recipe": str(path)})
+        return
+    click.echo(f"{path} is written. Run it with: mobileqat train {path}")
+
+
+@command
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print a script that completes commands, options and recipes in SHELL.
+
+    \b
+    Example:
+      mobileqat completion bash
+    \b
+    To have it in every new shell:
+      bash  echo 'eval "$(mobileqat completion bash)"' >> ~/.bashrc
+      zsh   echo 'eval "$(mobileqat completion zsh)"' >> ~/.zshrc        (after compinit)
+      fish  mobileqat completion fish > ~/.config/fish/completions/mobileqat.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "mobileqat", "_MOBILEQAT_COMPLETE").source())

@@ -387,7 +387,7 @@ def _parity(run: Run) -> dict:
     for variant in run.variants:
         runtime = run.recipe.evaluate.runtime
         interpreted = np.asarray(Session(run.file(variant), runtime, run.recipe.evaluate.threads).predict(x))
-        simulated = run.model(variant).predict(x, batch_size=64, verbose=0)
+        simulated = parity.simulate(run.model(variant), x)
         run.keep_outputs(variant, interpreted, simulated)
         if variant == "float":
             continue
@@ -798,7 +798,7 @@ def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str,
     if path.suffix == ".tflite":
         outputs = np.asarray(Session(path, runtime, threads).predict(x))
     else:
-        outputs, runtime = models.load_model(path).predict(x, verbose=0), "keras"
+        outputs, runtime = parity.simulate(models.load_model(path), x), "keras"
     return {
         "file": str(path),
         "runtime": runtime,

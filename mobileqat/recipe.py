@@ -476,6 +476,17 @@ def recipe_schema() -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
 
 
+def recipe_keys() -> dict[str, str]:
+    """Every key of a recipe as `section.key`, with what it means."""
+    keys = {}
+    for name, field in Recipe.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        inner = cast(type[BaseModel], field.annotation).model_fields if is_section else {}
+        keys |= {f"{name}.{key}": row.description or "" for key, row in inner.items()}
+        keys |= {} if is_section else {name: field.description or ""}
+    return keys
+
+
 # --- YAML ---------------------------------------------------------------------------------------------
 
 MAX_CHARACTERS = 256 * 1024
@@ -802,6 +813,16 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         RecipeError: no such file or name, not UTF-8, or any problem that `parse_recipe` reports.
     """
+    path, text = read_recipe(path_or_name)
+    return parse_recipe(text, file=str(path), overrides=overrides)
+
+
+def read_recipe(path_or_name: str | Path) -> tuple[Path, str]:
+    """Where a recipe is, of a file or a shipped one by name, and its text as it stands there.
+
+    Raises:
+        RecipeError: no such file or name, or not UTF-8.
+    """
     path = Path(path_or_name)
     if str(path_or_name) == path.name and path.suffix not in (".yaml", ".yml"):
         path = _recipes_folder() / f"{path.name}.yaml"
@@ -818,7 +839,7 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise RecipeError(f"{path_or_name}: not a text file, expected UTF-8: {error}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path_or_name}: cannot be read: {error}") from None
-    return parse_recipe(text, file=str(path), overrides=overrides)
+    return path, text
 
 
 def dump_recipe(recipe: Recipe) -> str:
