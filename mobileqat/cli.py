@@ -320,9 +320,22 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.option("--scheme", default="w8a8")
 @click.option("--input-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
 @click.option("--output-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
+@click.option("--metadata/--no-metadata", default=True, help="Put the labels of --data into the file.")
 @json_option
 def convert(
-    model, output, source, data_path, image_size, ranges, samples, method, scheme, input_type, output_type, as_json
+    model,
+    output,
+    source,
+    data_path,
+    image_size,
+    ranges,
+    samples,
+    method,
+    scheme,
+    input_type,
+    output_type,
+    metadata,
+    as_json,
 ) -> None:
     """Convert MODEL to an integer .tflite file.
 
@@ -342,6 +355,8 @@ def convert(
     _check_output(path, model)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
     content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type, ranges)
+    if dataset is not None and metadata:
+        content = pipeline.with_metadata(content, dataset, loaded.name)
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
     inspection = inspect_file(content)
     if as_json:

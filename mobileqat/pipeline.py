@@ -60,6 +60,7 @@ from mobileqat.errors import (
 from mobileqat.evaluate import accuracy, per_class, top1
 from mobileqat.legacy import tfmot
 from mobileqat.legacy.ranges import set_ranges
+from mobileqat.metadata import add_metadata, describe
 from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
 from mobileqat.recipe import PathSource, Recipe, dump_recipe
@@ -133,6 +134,16 @@ class Run:
 
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
+
+    def with_metadata(self, content: bytes) -> bytes:
+        """A file with labels and input normalization, unless the recipe does without or a class name has no line."""
+        if not self.recipe.convert.metadata:
+            return content
+        try:
+            return with_metadata(content, self.dataset, self.recipe.name, self.recipe.description)
+        except MobileQatError as error:
+            _say(self, f"A file has no metadata: {error}")
+            return content
 
     def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray | None) -> None:
         arrays = {"interpreter": interpreter} | ({} if simulation is None else {"simulation": simulation})
@@ -348,7 +359,8 @@ def _convert(run: Run) -> dict:
             shape = _plan_options(run, model)["input_shape"]
             content = convert_float(model, batch_size=settings.batch_size, input_shape=shape)
         else:
-            content = convert(run.model(variant), **settings.model_dump())
+            content = convert(run.model(variant), **settings.model_dump(exclude={"metadata"}))
+        content = run.with_metadata(content)
         run.directory.write_bytes(f"{variant}.tflite", content)
         sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": len(content)}
     return sizes
@@ -607,6 +619,12 @@ def load_data(source: str, path: str | None = None, image_size: tuple[int, int] 
     return load_dataset(source, path=path, image_size=image_size or None)
 
 
+def with_metadata(content: bytes, dataset: Dataset, name: str, description: str = "") -> bytes:
+    """A file with the labels and the kind of input of the data it was made for."""
+    shape = dataset.train.x.shape[1:]
+    return add_metadata(content, describe(name, description, dataset.class_names, shape, dataset.value_range))
+
+
 def convert_model(
     model: keras.Model,
     dataset: Dataset | None,
@@ -818,5 +836,6 @@ __all__ = [
     "search_model",
     "train",
     "verify_model",
+    "with_metadata",
     "write_whole",
 ]

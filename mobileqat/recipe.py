@@ -315,6 +315,10 @@ class Convert(Section):
     input_type: TensorType = Field(default="auto", description="type of the input tensors; auto: the activations' own")
     output_type: TensorType = Field(default="auto", description="type of the output tensors, likewise")
     batch_size: int = Field(default=1, ge=1, description="static batch size of the flatbuffer")
+    metadata: bool = Field(
+        default=True,
+        description="put labels and input normalization into the files, as Android's task libraries read it",
+    )
 
 
 class Parity(Section):
@@ -478,7 +482,7 @@ def recipe_schema() -> dict[str, Any]:
 
 def recipe_keys() -> dict[str, str]:
     """Every key of a recipe as `section.key`, with what it means."""
-    keys = {}
+    keys: dict[str, str] = {}
     for name, field in Recipe.model_fields.items():
         is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
         inner = cast(type[BaseModel], field.annotation).model_fields if is_section else {}
