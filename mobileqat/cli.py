@@ -360,9 +360,9 @@ def convert(
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
     inspection = inspect_file(content)
     if as_json:
-        _print_json({"file": str(path)} | inspection.to_dict())
+        _print_json({"file": str(path)} | _inspection_dict(content, inspection))
     else:
-        _print_inspection(path, inspection)
+        _print_inspection(path, inspection, content)
     _exit_unless(inspection.fully_integer and not inspection.problems)
 
 
@@ -440,18 +440,29 @@ def inspect(file: Path, as_json: bool) -> None:
       mobileqat inspect qat.tflite --json
     """
     from mobileqat.flatbuffer import inspect as inspect_file
+    from mobileqat.flatbuffer import read
 
+    content = read(file).content
     inspection = inspect_file(file)
     if as_json:
-        _print_json(inspection.to_dict())
+        _print_json(_inspection_dict(content, inspection))
     else:
-        _print_inspection(file, inspection)
+        _print_inspection(file, inspection, content)
     _exit_unless(inspection.fully_integer and not inspection.problems)
 
 
-def _print_inspection(path: Path, inspection) -> None:
+def _inspection_dict(content: bytes, inspection) -> dict[str, Any]:
+    from mobileqat.metadata import read_metadata
+
+    metadata = read_metadata(content)
+    return inspection.to_dict() | {"metadata": None if metadata is None else vars(metadata)}
+
+
+def _print_inspection(path: Path, inspection, content: bytes) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from mobileqat.metadata import read_metadata
 
     console = Console(soft_wrap=True, highlight=False)
     passed = inspection.fully_integer and not inspection.problems
@@ -462,6 +473,13 @@ def _print_inspection(path: Path, inspection) -> None:
         for tensor in tensors:
             grid = "" if tensor.scale is None else f", scale {tensor.scale:.6g}, zero point {tensor.zero_point}"
             console.print(f"  {role} '{tensor.name}': {tensor.dtype} {list(tensor.shape)}{grid}", markup=False)
+    if metadata := read_metadata(content):
+        labels = ", ".join(metadata.labels[:4]) + (", ..." if len(metadata.labels) > 4 else "")
+        kind = f"{metadata.color_space} image" if metadata.color_space else "values"
+        scaling = (
+            "as it is" if (metadata.mean, metadata.std) == (0, 1) else f"(x - {metadata.mean:g}) / {metadata.std:g}"
+        )
+        console.print(f"  metadata: input {kind}, {scaling}; {len(metadata.labels)} labels: {labels}", markup=False)
     table = Table("operator", "count", box=None, pad_edge=False)
     for name, count in sorted(inspection.operator_counts.items(), key=lambda item: -item[1]):
         table.add_row(name, str(count))
@@ -831,6 +849,32 @@ def new(file, data, data_path, image_size, model, scheme, float_epochs, qat_epoc
         _print_json({"recipe": str(path)})
         return
     click.echo(f"{path} is written. Run it with: mobileqat train {path}")
+
+
+@command
+@click.argument("file", type=EXISTING)
+@click.option("--language", type=click.Choice(("python", "kotlin")), default="python")
+@click.option("-o", "--output", type=EXISTING, help="File to write; stdout without it.")
+@json_option
+def snippet(file: Path, language: str, output: Path | None, as_json: bool) -> None:
+    """Print a program that runs FILE: its preprocessing, its quantized input and output, its labels.
+
+    \b
+    Example:
+      mobileqat snippet qat.tflite --language kotlin
+    """
+    from mobileqat.snippets import write_snippet
+
+    text = write_snippet(file, language)
+    if output is not None:
+        _check_output(output, file)
+        write_whole(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if as_json:
+        _print_json({"language": language, "output": None if output is None else str(output), "text": text})
+    elif output is None:
+        click.echo(text, nl=False)
+    else:
+        click.echo(f"{output} runs {file}, which it expects in its own folder.")
 
 
 @command

@@ -23,7 +23,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mobileqat import flatbuffer, models, parity, report
+from mobileqat import flatbuffer, models, parity, report, snippets
 from mobileqat.adaround import Rounding, adaround
 from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
@@ -135,15 +135,22 @@ class Run:
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
 
-    def with_metadata(self, content: bytes) -> bytes:
-        """A file with labels and input normalization, unless the recipe does without or a class name has no line."""
-        if not self.recipe.convert.metadata:
-            return content
-        try:
-            return with_metadata(content, self.dataset, self.recipe.name, self.recipe.description)
-        except MobileQatError as error:
-            _say(self, f"A file has no metadata: {error}")
-            return content
+    def keep_file(self, variant: str, content: bytes) -> int:
+        """Writes a `.tflite` file with its metadata, and programs that run it; returns its bytes."""
+        if self.recipe.convert.metadata:
+            try:
+                content = with_metadata(content, self.dataset, self.recipe.name, self.recipe.description)
+            except MobileQatError as error:  # a class name of two lines
+                _say(self, f"{variant}.tflite has no metadata: {error}")
+        path = self.directory.write_bytes(f"{variant}.tflite", content)
+        if variant != "float":
+            try:
+                for language in snippets.LANGUAGES:
+                    text = snippets.write_snippet(path, language)
+                    self.directory.write_text(snippets.file_name(path, language), text)
+            except MobileQatError as error:
+                _say(self, f"There is no program that runs {variant}.tflite beside it: {error}")
+        return len(content)
 
     def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray | None) -> None:
         arrays = {"interpreter": interpreter} | ({} if simulation is None else {"simulation": simulation})
@@ -360,9 +367,7 @@ def _convert(run: Run) -> dict:
             content = convert_float(model, batch_size=settings.batch_size, input_shape=shape)
         else:
             content = convert(run.model(variant), **settings.model_dump(exclude={"metadata"}))
-        content = run.with_metadata(content)
-        run.directory.write_bytes(f"{variant}.tflite", content)
-        sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": len(content)}
+        sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": run.keep_file(variant, content)}
     return sizes
 
 

@@ -2,6 +2,7 @@
 
 recipe.yaml  environment.json  run.log  report.json  report.html
 float.tflite  ptq.tflite  qat.tflite          what to ship
+run_qat.py  Qat.kt                            programs that run it, likewise for ptq
 checkpoints/*.npz                             where a training that was interrupted goes on
 models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot
 steps/*.json                                  the result of each finished step

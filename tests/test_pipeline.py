@@ -118,6 +118,7 @@ def test_every_artefact_is_there(small_run):
     directory, _ = small_run
     expected = {"environment.json", "recipe.yaml", "report.html", "report.json", ".lock"}
     expected |= {f"{variant}.tflite" for variant in VARIANTS}
+    expected |= {"run_ptq.py", "Ptq.kt", "run_qat.py", "Qat.kt"}
     expected |= {f"models/{variant}.keras" for variant in VARIANTS}
     expected |= {f"outputs/{variant}.npz" for variant in VARIANTS}
     expected |= {f"steps/{step}.json" for step in pipeline.STEPS}

@@ -55,9 +55,9 @@ def _qat(run: Any) -> dict | None:
 
 def _convert(run: Any) -> dict:
     _write_files(run, {name: name for name in run.variants if name != "ptq"})
-    for name in run.variants:
-        run.directory.write_bytes(f"{name}.tflite", run.with_metadata(run.file(name)))
-    return {name: {"file": f"{name}.tflite", "size_bytes": len(run.file(name))} for name in run.variants}
+    return {
+        name: {"file": f"{name}.tflite", "size_bytes": run.keep_file(name, run.file(name))} for name in run.variants
+    }
 
 
 def _parity(run: Any) -> dict:
