@@ -16,11 +16,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from mobileqat.bench.targets import USAGES
@@ -115,7 +116,9 @@ def command(function: Callable) -> Callable:
     return main.command(context_settings={"show_default": True})(_guarded(function))
 
 
-def _guarded(function: Callable) -> Callable:
+def _guarded(function: Callable, silences: bool = True) -> Callable:
+    """`silences`: other libraries; Python writes the prompt of a question where they write their notices."""
+
     @debug_option
     @quiet_option
     @wraps(function)
@@ -123,7 +126,7 @@ def _guarded(function: Callable) -> Callable:
         click.get_current_context().meta["quiet"] = quiet
         try:
             with warnings.catch_warnings(), _ends_like_ctrl_c():
-                if not debug:
+                if silences and not debug:
                     _quiet_libraries()
                 with _output(arguments.get("as_json", False), quiet), listening(None if quiet else _Progress()):
                     function(**arguments)
@@ -724,9 +727,9 @@ def _usable_targets(names: Sequence[str]) -> list:
 @targets_option(("host", "arm:cortex-a53", "android", "ethos-u55-128"))
 @json_option
 def doctor(targets: tuple[str, ...], as_json: bool) -> None:
-    """Say what targets need, and how to install what is missing.
+    """Say what is installed, what targets need, and how to install what is missing.
 
-    The exit code is 1 if something that a target needs is missing.
+    The exit code is 1 if something is missing that mobileqat, this machine or a --target that you name needs.
 
     \b
     Example:
@@ -734,13 +737,20 @@ def doctor(targets: tuple[str, ...], as_json: bool) -> None:
     """
     from mobileqat.bench import show
     from mobileqat.bench.targets import parse_target
+    from mobileqat.doctor import check_installation
 
-    checks = {name: parse_target(name).check() for name in dict.fromkeys(targets)}
+    is_named = click.get_current_context().get_parameter_source("targets") is not ParameterSource.DEFAULT
+    checks = {} if is_named else {"mobileqat": check_installation()}
+    with task("looking at targets", len(targets), "targets") as advance:
+        for name in dict.fromkeys(targets):
+            checks[name] = parse_target(name).check()
+            advance(1)
     if as_json:
         _print_json({name: [vars(check) for check in rows] for name, rows in checks.items()})
     else:
         show.print_checks(checks)
-    _exit_unless(all(check.found is not None or not check.is_needed for rows in checks.values() for check in rows))
+    required = [rows for name, rows in checks.items() if is_named or name in ("mobileqat", "host")]
+    _exit_unless(all(check.found is not None or not check.is_needed for rows in required for check in rows))
 
 
 @main.group(invoke_without_command=True, context_settings={"show_default": True})
@@ -792,7 +802,8 @@ def show(recipe: str, full: bool, as_json: bool) -> None:
     click.echo(text, nl=False)
 
 
-@command
+@main.command(context_settings={"show_default": True})
+@partial(_guarded, silences=False)
 @click.argument("file", type=EXISTING, required=False)
 @click.option("--data", metavar="DATA", help="A folder of images, an .npz file, or a source's name.")
 @click.option("--data-path", metavar="PATH", help="What the source reads, if --data is image_folder or npz.")
@@ -857,7 +868,7 @@ def new(file, data, data_path, image_size, model, scheme, float_epochs, qat_epoc
 @click.option("-o", "--output", type=EXISTING, help="File to write; stdout without it.")
 @json_option
 def snippet(file: Path, language: str, output: Path | None, as_json: bool) -> None:
-    """Print a program that runs FILE: its preprocessing, its quantized input and output, its labels.
+    """Print a program that runs FILE, with its preprocessing and labels.
 
     \b
     Example:

@@ -13,10 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, get_args
 
-import yaml
-
 from mobileqat.errors import RecipeError
-from mobileqat.recipe import MODELS, SOURCES, PathlessSource, Recipe, ReferenceModel, SchemeName, parse_recipe
+from mobileqat.recipe import (
+    MODELS,
+    SOURCES,
+    PathlessSource,
+    Recipe,
+    ReferenceModel,
+    SchemeName,
+    dump_value,
+    parse_recipe,
+)
 
 LINE = 100
 RESIZING = ("image_folder", "trashnet")  # sources that take an image size
@@ -196,9 +203,9 @@ def write_recipe(answers: Answers, file: str) -> str:
 def _head(answers: Answers, file: str) -> Iterator[str]:
     yield f"# Run it:                         mobileqat train {file}"
     yield f"# See every key and its default:  mobileqat recipes show {file} --full"
-    yield f"name: {_scalar(answers.name)}"
+    yield f"name: {dump_value(answers.name)}"
     data, model = answers.path or answers.source, answers.model
-    yield f"description: {_scalar(f'{model} on {data} in {answers.scheme}')}"
+    yield f"description: {dump_value(f'{model} on {data} in {answers.scheme}')}"
 
 
 def _body(answers: Answers) -> Iterator[str]:
@@ -242,9 +249,4 @@ def _line(text: str, meaning: str) -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
-    return f"[{', '.join(map(_scalar, value))}]" if isinstance(value, list) else _scalar(value)
-
-
-def _scalar(value: Any) -> str:
-    """One value on one line, quoted where YAML needs it."""
-    return yaml.safe_dump(value, width=10_000).removesuffix("\n").removesuffix("\n...")
+    return f"[{', '.join(map(dump_value, value))}]" if isinstance(value, list) else dump_value(value)

@@ -158,8 +158,11 @@ def verify(
 
 def simulate(model: keras.Model, samples, batch_size: int = 64):
     """`model.predict` on samples [n, ...], or on a list or dict of them, with progress."""
-    with task("simulation", len(keras.tree.flatten(samples)[0]), "samples") as advance:
-        shown = keras.callbacks.LambdaCallback(on_predict_batch_end=lambda batch, logs: advance(batch_size))
+    count = len(keras.tree.flatten(samples)[0])
+    with task("simulation", count, "samples") as advance:
+        shown = keras.callbacks.LambdaCallback(
+            on_predict_batch_end=lambda batch, logs: advance(min(batch_size, count - batch * batch_size))
+        )
         return model.predict(samples, batch_size=batch_size, verbose=0, callbacks=[shown])
 
 

@@ -852,6 +852,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, width=110)
 
 
+def dump_value(value: Any) -> str:
+    """One value on one line, quoted where a recipe would not read it back as it is."""
+    return yaml.dump(value, Dumper=_Dumper, width=MAX_CHARACTERS).removesuffix("\n").removesuffix("\n...")
+
+
 def list_recipes() -> list[RecipeSummary]:
     """The shipped recipes, by name. Descriptions only: nothing is validated, no variable is needed."""
     return [RecipeSummary(path.stem, path, _description(path)) for path in _recipe_files()]

@@ -26,6 +26,7 @@ from mobileqat.errors import TrainingError
 from mobileqat.fakequant import quantize_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.tensorboard import TensorSummaries
 from mobileqat.wrappers import QuantizeWrapper
 
 
@@ -98,6 +99,8 @@ def fit(
         if settings.freeze_oscillations:
             memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
             all_callbacks.insert(0, memories["oscillations"])
+    if log_dir is not None:
+        all_callbacks.append(TensorSummaries(model, log_dir))
     checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories)
     goes_on = checkpoint.restore(trained.optimizer)
     # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.

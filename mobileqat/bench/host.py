@@ -53,7 +53,7 @@ class Host:
             Check(
                 f"runtime {name} ({RUNTIMES[name].kernels})",
                 version if version[0].isdigit() else None,
-                "" if version[0].isdigit() else version.removeprefix("not usable: "),
+                "" if version[0].isdigit() else _remedy(name, version.removeprefix("not usable: ")),
                 is_needed=name == "litert",
             )
             for name, version in found.items()
@@ -83,6 +83,12 @@ def _watching(path: Path, rounds: int) -> Iterator[None]:
         finally:
             ended.set()
             watcher.join()
+
+
+def _remedy(name: str, reason: str) -> str:
+    """The command that provides a runtime, and why it is not usable."""
+    extra = "mobileqat[tflite-runtime]" if name == "tflite-runtime" else RUNTIMES[name].package
+    return f'pip install "{extra}" ({reason})'
 
 
 def describe_machine() -> dict[str, Any]:
