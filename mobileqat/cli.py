@@ -678,7 +678,7 @@ def search(model, source, data_path, image_size, budget, schemes, with_float, sa
 def bench(
     files, targets, runs, warmup, cpus, delegate, min_delegated, profile, compare, runtime, threads, as_json
 ) -> None:
-    """Measure what one inference of FILES costs, here or elsewhere.
+    """Measure what one inference of FILES costs.
 
     Several files are run in turns and compared with the first. On other targets the outputs on fixed vectors are
     compared with this machine's; the exit code is 1 if they differ.
@@ -727,7 +727,7 @@ def _usable_targets(names: Sequence[str]) -> list:
 @targets_option(("host", "arm:cortex-a53", "android", "ethos-u55-128"))
 @json_option
 def doctor(targets: tuple[str, ...], as_json: bool) -> None:
-    """Say what is installed, what targets need, and how to install what is missing.
+    """Say what is there, what is missing, and how to get it.
 
     The exit code is 1 if something is missing that mobileqat, this machine or a --target that you name needs.
 
@@ -868,7 +868,7 @@ def new(file, data, data_path, image_size, model, scheme, float_epochs, qat_epoc
 @click.option("-o", "--output", type=EXISTING, help="File to write; stdout without it.")
 @json_option
 def snippet(file: Path, language: str, output: Path | None, as_json: bool) -> None:
-    """Print a program that runs FILE, with its preprocessing and labels.
+    """Print a program that runs FILE, in Python or Kotlin.
 
     \b
     Example:
@@ -891,7 +891,7 @@ def snippet(file: Path, language: str, output: Path | None, as_json: bool) -> No
 @command
 @click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
 def completion(shell: str) -> None:
-    """Print a script that completes commands, options and recipes in SHELL.
+    """Print a script for completion in SHELL.
 
     \b
     Example:

@@ -317,7 +317,7 @@ class Convert(Section):
     batch_size: int = Field(default=1, ge=1, description="static batch size of the flatbuffer")
     metadata: bool = Field(
         default=True,
-        description="put labels and input normalization into the files, as Android's task libraries read it",
+        description="labels and input normalization inside the files, for Android's task libraries (uint8 or float32)",
     )
 
 
