@@ -1,6 +1,6 @@
 """What TensorBoard shows of a training beside its metrics: the graph, histograms of weights, ranges of activations.
 
-graph                        a quantized model's plan: LiteRT operators with shapes, scales and zero points
+graph                        a quantized model's plan: LiteRT operators with shapes, and grids as training finds them
 weights/OPERATOR             trained weights, after every epoch
 integers/OPERATOR            the integers that they are in the file
 ranges/TENSOR/low, high      ends of an activation's grid, real values

@@ -1,6 +1,7 @@
 """Whole runs on real data and the real interpreter: a small one checked thoroughly, the shipped recipes when slow."""
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -25,9 +26,10 @@ from mobileqat.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from mobileqat.metadata import read_metadata
 from mobileqat.models import load_model
 from mobileqat.quantize import strip
-from mobileqat.recipe import load_recipe, parse_recipe
+from mobileqat.recipe import dump_recipe, load_recipe, parse_recipe
 
 SMALL = (
     "model.args={filters: 32, blocks: 2}",
@@ -125,6 +127,40 @@ def test_every_artefact_is_there(small_run):
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert {name for name in found if not name.startswith("tensorboard/")} == expected
     assert list(directory.glob("tensorboard/qat/train/events.*"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_have_metadata(small_run, variant):
+    found = read_metadata(small_run[0] / f"{variant}.tflite")
+    assert found.labels == tuple(small_run[1]["data"]["class_names"]) == tuple("0123456789")
+    assert found.name == "digits_dscnn_w8a8" and (found.mean, found.std) == (0.0, 1.0)
+    assert small_run[1]["variants"][variant]["size_bytes"] == (small_run[0] / f"{variant}.tflite").stat().st_size
+
+
+def test_metadata_is_left_out_on_request(small_run, tmp_path):
+    directory = shutil.copytree(small_run[0], tmp_path / "run")
+    recipe = load_recipe("digits_dscnn_w8a8", [*SMALL, "convert.metadata=false"])
+    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    (directory / "steps" / "convert.json").unlink()
+    pipeline.train(recipe, directory, resume=True)
+    assert read_metadata(directory / "qat.tflite") is None
+    assert (directory / "qat.tflite").stat().st_size < (small_run[0] / "qat.tflite").stat().st_size
+
+
+@pytest.mark.parametrize("variant", ["ptq", "qat"])
+def test_the_program_beside_a_file_answers_as_was_evaluated(small_run, variant):
+    """On every test sample, from its pixels."""
+    directory, results = small_run
+    spec = importlib.util.spec_from_file_location(f"run_{variant}", directory / f"run_{variant}.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    interpreter, test = program.load(), load_dataset("digits").test
+    answers = np.stack([program.run(interpreter, sample) for sample in test.x])
+    evaluated = np.load(directory / "outputs" / f"{variant}.npz")["interpreter"]
+    count = len(evaluated)
+    assert np.array_equal(answers[:count], program.dequantize(evaluated))
+    right = np.mean([program.LABELS[i] == str(y) for i, y in zip(answers[:count].argmax(1), test.y, strict=False)])
+    assert right == results["variants"][variant]["accuracy"]["interpreter"]
 
 
 def test_techniques_before_training_repair_few_bits(small_run, tmp_path):
