@@ -389,7 +389,8 @@ def import_keras2(source: Path, target: Path, ranges: Path | None, as_json: bool
 
     for path in filter(None, (target, ranges)):
         _check_output(path, source)
-    imported = import_keras2(source, target)
+    with task(f"rebuilding {source.name}"):
+        imported = import_keras2(source, target)
     if ranges is not None:
         if imported.ranges is None:
             raise MobileQatError(

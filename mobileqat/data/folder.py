@@ -18,6 +18,7 @@ import numpy as np
 from mobileqat.data.dataset import SPLIT_NAMES
 from mobileqat.data.split import hold_out_test
 from mobileqat.errors import DataError
+from mobileqat.progress import track
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # By what a file holds, whatever its name says: Pillow knows formats that other programs are started for.
@@ -172,7 +173,7 @@ def _without_broken(path: str, listing: Listing, channels: int) -> Listing:
 def _read_images(files: list[Path], image_size: tuple[int, int] | None, channels: int) -> np.ndarray:
     first = read_image(files[0], image_size, channels)
     x = np.empty((len(files), *first.shape), np.uint8)
-    for index, file in enumerate(files):
+    for index, file in enumerate(track(files, "reading images", "images")):
         image = read_image(file, image_size, channels)
         if image.shape != first.shape:
             raise DataError(
