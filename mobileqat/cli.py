@@ -35,7 +35,7 @@ RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "t
 DATA_SOURCES = ("digits", "cifar10", "fashion_mnist", "fsdd", "kws01", "trashnet", "image_folder", "npz")
 
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors (and what --json asks for).")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and JSON if asked for.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
 threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
@@ -895,13 +895,14 @@ def completion(shell: str) -> None:
     """Print a script for completion in SHELL.
 
     \b
-    Example:
-      mobileqat completion bash
-    \b
     To have it in every new shell:
       bash  echo 'eval "$(mobileqat completion bash)"' >> ~/.bashrc
       zsh   echo 'eval "$(mobileqat completion zsh)"' >> ~/.zshrc        (after compinit)
       fish  mobileqat completion fish > ~/.config/fish/completions/mobileqat.fish
+
+    \b
+    Example:
+      mobileqat completion bash
     """
     from click.shell_completion import get_completion_class
 

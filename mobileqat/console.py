@@ -266,7 +266,7 @@ class _Training:
         seconds, self.epoch, self.began = time.monotonic() - self.began, epoch + 1, time.monotonic()
         line = (
             f"{self.name} epoch {epoch + 1}/{self.epochs}: loss {logs['loss']:.4f}, accuracy {logs['accuracy']:.2%}, "
-            f"validation {logs['val_accuracy']:.2%}, {seconds:.1f} s"
+            f"validation {logs['val_accuracy']:.2%} ({seconds:.1f} s)"
         )
         self.display.log(line)
         self.display.console.print(f"    {line}", soft_wrap=True)

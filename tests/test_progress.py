@@ -140,9 +140,9 @@ def test_a_run_shows_steps_and_epochs(tmp_path, capsys):
         display.done("qat", "done", 1.25, "message")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"Run directory: {tmp_path}"
-    assert re.fullmatch(r"    qat epoch 2/2: loss 0.5000, accuracy 90.00%, validation 87.50%, \d+\.\d s", lines[2]), (
-        lines[2]
-    )
+    assert re.fullmatch(
+        r"    qat epoch 2/2: loss 0.5000, accuracy 90.00%, validation 87\.50% \(\d+\.\d s\)", lines[2]
+    ), lines[2]
     assert lines[3:] == ["    [bold] is text", "  qat       done        1.2 s"]
     assert "qat done 1.2 s message" in (tmp_path / "run.log").read_text()
 
