@@ -85,7 +85,7 @@ def adaround(
             f"Received: {steps}, {batch_size}, {learning_rate}"
         )
     shared, rows = shared_layers(model), []
-    for step in walk(model, samples):
+    for step in walk(model, samples, what="adaround"):
         spec = step.wrapper.weight_spec
         # A shared kernel sees several inputs, and a binary one has no next integer: they stay as they are.
         if spec is not None and not spec.is_binary and step.wrapper.operator.name not in shared:

@@ -19,6 +19,7 @@ from mobileqat.calibrate import as_arrays
 from mobileqat.errors import ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.layerwise import Step, walk
+from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT
 from mobileqat.wrappers import QuantizeWrapper, as_float32
@@ -168,7 +169,7 @@ def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, b
 
         all_integer = dict.fromkeys(switched.operators, 1)
         float_metric, quantized_metric = score({}), score(all_integer)
-        for index, layer in enumerate(layers):
+        for index, layer in enumerate(track(layers, "one layer at a time", "layers")):
             only, without = score({layer.name: 1}), score(all_integer | {layer.name: 0})
             layers[index] = Layer(**vars(layer) | {"only": only, "without": without})
     layers = [Layer(**vars(layer) | {"advice": tuple(_advice(layer))}) for layer in layers]

@@ -47,7 +47,7 @@ def correct_bias(model: QuantizedModel, samples: Any, batch_size: int = 64) -> B
     shared = shared_layers(model)
     shifts: dict[str, np.ndarray] = {}
     skipped: dict[str, str] = {}
-    for step in walk(model, samples, batch_size):
+    for step in walk(model, samples, batch_size, "bias correction"):
         operator = step.wrapper.operator
         if step.wrapper.weight_spec is None:
             continue

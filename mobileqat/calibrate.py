@@ -18,6 +18,7 @@ from mobileqat import numerics
 from mobileqat.data.reservoir import reservoir_sample
 from mobileqat.errors import CalibrationError, DataError, ModelError
 from mobileqat.models import check_finite_weights
+from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.schemes import QuantSpec
 from mobileqat.wrappers import as_float32
@@ -192,7 +193,7 @@ def _minimum_and_maximum(model: QuantizedModel, batches) -> dict[str, tuple[floa
         values = float_activations(model, inputs)
         return tf.stack([[tf.reduce_min(values[name]), tf.reduce_max(values[name])] for name in names])
 
-    seen = np.stack([extremes(*batch).numpy() for batch in batches])
+    seen = np.stack([extremes(*batch).numpy() for batch in track(batches, "calibration", "batches")])
     if not np.isfinite(seen).all():
         # min and max propagate NaN only in some kernels, so the first tensor named is where it surfaced.
         broken = [
@@ -215,7 +216,7 @@ def _histograms(model: QuantizedModel, batches, ranges) -> dict[str, np.ndarray]
         values = float_activations(model, inputs)
         return tf.stack([tf.histogram_fixed_width(values[name], list(ranges[name]), BINS) for name in names])
 
-    total = sum(count(*batch).numpy().astype(np.int64) for batch in batches)
+    total = sum(count(*batch).numpy().astype(np.int64) for batch in track(batches, "histograms", "batches"))
     return dict(zip(names, total, strict=True))
 
 

@@ -14,22 +14,28 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from mobileqat.bench.targets import USAGES
 from mobileqat.errors import InspectionError, MobileQatError, ParityError
-from mobileqat.rundir import is_disk_full
+from mobileqat.progress import Advance, listening, task
+from mobileqat.rundir import is_disk_full, write_whole
 
 EXISTING = click.Path(path_type=Path)
 RUNTIMES = ("litert", "litert-builtin", "litert-reference", "tflite-runtime", "tf-lite")
 
+DATA_SOURCES = ("digits", "cifar10", "fashion_mnist", "fsdd", "kws01", "trashnet", "image_folder", "npz", "tfrecord")
+
 debug_option = click.option("--debug", is_flag=True, help="Show tracebacks and TensorFlow's own messages.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors, and JSON if asked for.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
 threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
@@ -38,9 +44,41 @@ delegate_option = click.option(
 )
 
 
+def _complete_recipe(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Shipped recipes by name; the shell's own completion of files where none fits."""
+    from mobileqat.recipe import list_recipes
+
+    rows = [CompletionItem(row.name, help=row.description) for row in list_recipes()]
+    return [CompletionItem(incomplete, type="file"), *(row for row in rows if row.value.startswith(incomplete))]
+
+
+def _complete_key(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Keys of a recipe, for --set."""
+    from mobileqat.recipe import recipe_keys
+
+    rows = [CompletionItem(f"{key}=", help=description) for key, description in recipe_keys().items()]
+    return [row for row in rows if row.value.startswith(incomplete)]
+
+
+def _complete_from(names: Sequence[str]) -> Callable:
+    return lambda context, parameter, incomplete: [
+        CompletionItem(name) for name in names if name.startswith(incomplete)
+    ]
+
+
 def targets_option(default: tuple[str, ...]) -> Callable:
     """--target, any number of times."""
-    return click.option("--target", "targets", multiple=True, default=default, metavar="TARGET", help=USAGES + ".")
+    names = ("host", "arm:cortex-a53", "arm:cortex-a76", "android", "ssh://", "ethos-u55-128")
+    complete = _complete_from(names)
+    return click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        default=default,
+        metavar="TARGET",
+        help=USAGES + ".",
+        shell_complete=complete,
+    )
 
 
 def data_options(required: bool) -> Callable:
@@ -50,12 +88,13 @@ def data_options(required: bool) -> Callable:
         "source",
         required=required,
         metavar="SOURCE",
-        help="digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz, tfrecord or module:function.",
+        help=f"{', '.join(DATA_SOURCES)} or module:function.",
+        shell_complete=_complete_from(DATA_SOURCES),
     )
-    path = click.option("--data-path", metavar="PATH", help="File or folder of image_folder, npz and tfrecord.")
-    size = click.option(
-        "--image-size", nargs=2, type=int, metavar="H W", help="Resize images of image_folder and tfrecord."
+    path = click.option(
+        "--data-path", type=click.Path(), metavar="PATH", help="File or folder of image_folder, npz and tfrecord."
     )
+    size = click.option("--image-size", nargs=2, type=int, metavar="H W", help="Resize images to this.")
     return lambda function: source(path(size(function)))
 
 
@@ -68,29 +107,56 @@ def main() -> None:
     Start here:
       mobileqat recipes                        what can be run
       mobileqat train digits_dscnn_w8a8        a whole run in about a minute
+      mobileqat new                            a recipe for your own data and model
     """
 
 
 def command(function: Callable) -> Callable:
-    """A subcommand with --debug, whose errors end in one message and the right exit code."""
+    """A subcommand with --debug and --quiet, whose errors end in one message and the right exit code."""
+    return main.command(context_settings={"show_default": True})(_guarded(function))
+
+
+def _guarded(function: Callable, silences: bool = True) -> Callable:
+    """`silences`: other libraries; Python writes the prompt of a question where they write their notices."""
 
     @debug_option
+    @quiet_option
     @wraps(function)
-    def run(debug: bool, **arguments: Any) -> None:
+    def run(debug: bool, quiet: bool, **arguments: Any) -> None:
+        click.get_current_context().meta["quiet"] = quiet
         try:
             with warnings.catch_warnings(), _ends_like_ctrl_c():
-                if not debug:
+                if silences and not debug:
                     _quiet_libraries()
-                with _only_json(arguments.get("as_json", False)):
+                with _output(arguments.get("as_json", False), quiet), listening(None if quiet else _Progress()):
                     function(**arguments)
-        except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click's own business
         except (Exception, KeyboardInterrupt) as error:
             if debug:
                 traceback.print_exc()
             _fail(error)
 
-    return main.command(context_settings={"show_default": True})(run)
+    return run
+
+
+class _Progress:
+    """Shows what takes long on stderr; what draws it is imported when there is something to draw."""
+
+    def __init__(self) -> None:
+        self._bars: Any = None
+
+    def __call__(self, what: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        if self._bars is None:
+            from mobileqat.console import stderr_bars
+
+            self._bars = stderr_bars()
+        return self._bars(what, total, unit)
+
+
+def _loading() -> AbstractContextManager[Advance]:
+    """For imports that take seconds."""
+    return task("loading TensorFlow")
 
 
 @contextmanager
@@ -107,10 +173,14 @@ def _ends_like_ctrl_c() -> Iterator[None]:
 
 
 @contextmanager
-def _only_json(as_json: bool) -> Iterator[None]:
-    """With --json, sends what others print, such as the progress of a download, to stderr."""
+def _output(as_json: bool, quiet: bool) -> Iterator[None]:
+    """With --quiet, drops what is printed; with --json, sends what others print, such as downloads, to stderr."""
     click.get_current_context().meta["stdout"] = sys.stdout
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with ExitStack() as stack:
+        if quiet:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        elif as_json:
+            stack.enter_context(redirect_stdout(sys.stderr))
         yield
 
 
@@ -157,7 +227,7 @@ def _print_json(value: Any) -> None:
 
 
 @command
-@click.argument("recipe")
+@click.argument("recipe", shell_complete=_complete_recipe)
 @click.option("--out", type=EXISTING, help="Run directory.  [default: runs/RECIPE-TIME]")
 @click.option(
     "--set",
@@ -165,6 +235,7 @@ def _print_json(value: Any) -> None:
     multiple=True,
     metavar="KEY=VALUE",
     help="Override a recipe value, e.g. qat.epochs=2.",
+    shell_complete=_complete_key,
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out after its last finished step.")
 @json_option
@@ -184,10 +255,12 @@ def train(recipe: str, out: Path | None, overrides: tuple[str, ...], resume: boo
         raise click.UsageError("distribute: multi_worker needs --out, a directory that all workers share.")
     directory = out or Path("runs") / f"{settings.name}-{datetime.now():%Y%m%d-%H%M%S}"
 
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
     from mobileqat.console import RunDisplay
 
-    display = RunDisplay(quiet=as_json)
+    # Beside JSON, which has stdout for itself, a person at a terminal still sees how far the run is.
+    display = RunDisplay(quiet=click.get_current_context().meta["quiet"] or (as_json and not sys.stderr.isatty()))
     try:
         with display.log_to(directory):
             results = pipeline.train(settings, directory, resume=resume, display=display)
@@ -280,9 +353,22 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 @click.option("--scheme", default="w8a8")
 @click.option("--input-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
 @click.option("--output-type", type=click.Choice(("auto", "int8", "uint8", "int16", "float32")), default="auto")
+@click.option("--metadata/--no-metadata", default=True, help="Put the labels of --data into the file.")
 @json_option
 def convert(
-    model, output, source, data_path, image_size, ranges, samples, method, scheme, input_type, output_type, as_json
+    model,
+    output,
+    source,
+    data_path,
+    image_size,
+    ranges,
+    samples,
+    method,
+    scheme,
+    input_type,
+    output_type,
+    metadata,
+    as_json,
 ) -> None:
     """Convert MODEL to an integer .tflite file.
 
@@ -293,7 +379,8 @@ def convert(
     Example:
       mobileqat convert model.keras --data npz --data-path data.npz -o model.tflite
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.flatbuffer import inspect as inspect_file
 
     loaded = models.load_model(model)
@@ -301,12 +388,14 @@ def convert(
     _check_output(path, model)
     dataset = pipeline.load_data(source, data_path, image_size) if source else None
     content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type, ranges)
+    if dataset is not None and metadata:
+        content = pipeline.with_metadata(content, dataset, loaded.name)
     pipeline.write_whole(path, lambda temporary: temporary.write_bytes(content))
     inspection = inspect_file(content)
     if as_json:
-        _print_json({"file": str(path)} | inspection.to_dict())
+        _print_json({"file": str(path)} | _inspection_dict(content, inspection))
     else:
-        _print_inspection(path, inspection)
+        _print_inspection(path, inspection, content)
     _exit_unless(inspection.fully_integer and not inspection.problems)
 
 
@@ -330,7 +419,8 @@ def import_keras2(source: Path, target: Path, ranges: Path | None, as_json: bool
 
     for path in filter(None, (target, ranges)):
         _check_output(path, source)
-    imported = import_keras2(source, target)
+    with task(f"rebuilding {source.name}"):
+        imported = import_keras2(source, target)
     if ranges is not None:
         if imported.ranges is None:
             raise MobileQatError(
@@ -358,6 +448,10 @@ def _check_output(path: Path, model: Path) -> None:
     """Says at once what would otherwise end the command after all its work."""
     if path.is_dir() or path.resolve() == model.resolve():
         raise MobileQatError(f"'{path}' is a folder, or the model itself. Expected another file to write: -o FILE.")
+    _check_folder(path)
+
+
+def _check_folder(path: Path) -> None:
     if not path.parent.is_dir():
         raise MobileQatError(f"There is no folder '{path.parent}' to write '{path.name}' into. Make it first.")
 
@@ -380,18 +474,29 @@ def inspect(file: Path, as_json: bool) -> None:
       mobileqat inspect qat.tflite --json
     """
     from mobileqat.flatbuffer import inspect as inspect_file
+    from mobileqat.flatbuffer import read
 
+    content = read(file).content
     inspection = inspect_file(file)
     if as_json:
-        _print_json(inspection.to_dict())
+        _print_json(_inspection_dict(content, inspection))
     else:
-        _print_inspection(file, inspection)
+        _print_inspection(file, inspection, content)
     _exit_unless(inspection.fully_integer and not inspection.problems)
 
 
-def _print_inspection(path: Path, inspection) -> None:
+def _inspection_dict(content: bytes, inspection) -> dict[str, Any]:
+    from mobileqat.metadata import read_metadata
+
+    metadata = read_metadata(content)
+    return inspection.to_dict() | {"metadata": None if metadata is None else vars(metadata)}
+
+
+def _print_inspection(path: Path, inspection, content: bytes) -> None:
     from rich.console import Console
     from rich.table import Table
+
+    from mobileqat.metadata import read_metadata
 
     console = Console(soft_wrap=True, highlight=False)
     passed = inspection.fully_integer and not inspection.problems
@@ -402,6 +507,13 @@ def _print_inspection(path: Path, inspection) -> None:
         for tensor in tensors:
             grid = "" if tensor.scale is None else f", scale {tensor.scale:.6g}, zero point {tensor.zero_point}"
             console.print(f"  {role} '{tensor.name}': {tensor.dtype} {list(tensor.shape)}{grid}", markup=False)
+    if metadata := read_metadata(content):
+        labels = ", ".join(metadata.labels[:4]) + (", ..." if len(metadata.labels) > 4 else "")
+        kind = f"{metadata.color_space} image" if metadata.color_space else "values"
+        scaling = (
+            "as it is" if (metadata.mean, metadata.std) == (0, 1) else f"(x - {metadata.mean:g}) / {metadata.std:g}"
+        )
+        console.print(f"  metadata: input {kind}, {scaling}; {len(metadata.labels)} labels: {labels}", markup=False)
     table = Table("operator", "count", box=None, pad_edge=False)
     for name, count in sorted(inspection.operator_counts.items(), key=lambda item: -item[1]):
         table.add_row(name, str(count))
@@ -429,7 +541,8 @@ def verify(files, source, data_path, image_size, samples, targets, delegate, run
       mobileqat verify runs/digits/models/qat.keras runs/digits/qat.tflite --data digits
       mobileqat verify runs/digits/qat.tflite --data digits --target arm:cortex-a53 --target android
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.bench import measure, show
     from mobileqat.bench.record import Settings
 
@@ -493,7 +606,8 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
     Example:
       mobileqat evaluate qat.tflite --data cifar10
     """
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
 
     dataset = pipeline.load_data(source, data_path, image_size)
     result = pipeline.evaluate_file(model, dataset, limit, runtime, threads)
@@ -525,7 +639,8 @@ def analyze(model, source, data_path, image_size, scheme, method, samples, limit
     Example:
       mobileqat analyze runs/digits/models/ptq.keras --data digits --out analysis
     """
-    from mobileqat import models, pipeline
+    with _loading():
+        from mobileqat import models, pipeline
     from mobileqat.report.layers import print_analysis, write_analysis
 
     dataset = pipeline.load_data(source, data_path, image_size)
@@ -560,7 +675,8 @@ def search(model, source, data_path, image_size, budget, schemes, with_float, sa
     Example:
       mobileqat search model.keras --data cifar10 --budget size=70% -o mixed.yaml
     """
-    from mobileqat import pipeline
+    with _loading():
+        from mobileqat import pipeline
     from mobileqat.recipe import dump_recipe
     from mobileqat.report.layers import print_search
     from mobileqat.search import parse_budget
@@ -593,7 +709,7 @@ def search(model, source, data_path, image_size, budget, schemes, with_float, sa
 def bench(
     files, targets, runs, warmup, cpus, delegate, min_delegated, profile, compare, runtime, threads, as_json
 ) -> None:
-    """Measure what one inference of FILES costs, here or elsewhere.
+    """Measure what one inference of FILES costs.
 
     Several files are run in turns and compared with the first. On other targets the outputs on fixed vectors are
     compared with this machine's; the exit code is 1 if they differ.
@@ -642,9 +758,9 @@ def _usable_targets(names: Sequence[str]) -> list:
 @targets_option(("host", "arm:cortex-a53", "android", "ethos-u55-128"))
 @json_option
 def doctor(targets: tuple[str, ...], as_json: bool) -> None:
-    """Say what targets need, and how to install what is missing.
+    """Say what is there, what is missing, and how to get it.
 
-    The exit code is 1 if something that a target needs is missing.
+    The exit code is 1 if something is missing that mobileqat, this machine or a --target that you name needs.
 
     \b
     Example:
@@ -652,24 +768,35 @@ def doctor(targets: tuple[str, ...], as_json: bool) -> None:
     """
     from mobileqat.bench import show
     from mobileqat.bench.targets import parse_target
+    from mobileqat.doctor import check_installation
 
-    checks = {name: parse_target(name).check() for name in dict.fromkeys(targets)}
+    is_named = click.get_current_context().get_parameter_source("targets") is not ParameterSource.DEFAULT
+    checks = {} if is_named else {"mobileqat": check_installation()}
+    with task("looking at targets", len(targets), "targets") as advance:
+        for name in dict.fromkeys(targets):
+            checks[name] = parse_target(name).check()
+            advance(1)
     if as_json:
         _print_json({name: [vars(check) for check in rows] for name, rows in checks.items()})
     else:
         show.print_checks(checks)
-    _exit_unless(all(check.found is not None or not check.is_needed for rows in checks.values() for check in rows))
+    required = [rows for name, rows in checks.items() if is_named or name in ("mobileqat", "host")]
+    _exit_unless(all(check.found is not None or not check.is_needed for rows in required for check in rows))
 
 
-@command
+@main.group(invoke_without_command=True, context_settings={"show_default": True})
 @json_option
+@_guarded
 def recipes(as_json: bool) -> None:
-    """List the shipped recipes.
+    """List the shipped recipes, or show one.
 
     \b
     Example:
       mobileqat recipes
+      mobileqat recipes show digits_dscnn_w8a8
     """
+    if click.get_current_context().invoked_subcommand:
+        return
     from mobileqat.recipe import list_recipes
 
     rows = list_recipes()
@@ -679,4 +806,136 @@ def recipes(as_json: bool) -> None:
     width = max(len(row.name) for row in rows)
     for row in rows:
         click.echo(f"{row.name:<{width}}  {row.description}")
-    click.echo("\nRun one with: mobileqat train NAME")
+    click.echo("\nSee one with: mobileqat recipes show NAME\nRun one with: mobileqat train NAME")
+
+
+@recipes.command(context_settings={"show_default": True})
+@click.argument("recipe", shell_complete=_complete_recipe)
+@click.option("--full", is_flag=True, help="With every default written out; the recipe is checked.")
+@json_option
+@_guarded
+def show(recipe: str, full: bool, as_json: bool) -> None:
+    """Print a RECIPE: a file, or the name of a shipped one.
+
+    \b
+    Example:
+      mobileqat recipes show digits_dscnn_w8a8 --full
+    """
+    from mobileqat.recipe import dump_recipe, load_recipe, read_recipe
+
+    path, text = read_recipe(recipe)
+    if full or as_json:
+        settings = load_recipe(recipe)
+        if as_json:
+            _print_json({"path": str(path), "recipe": settings.model_dump(mode="json")})
+            return
+        text = dump_recipe(settings)
+    click.echo(text, nl=False)
+
+
+@main.command(context_settings={"show_default": True})
+@partial(_guarded, silences=False)
+@click.argument("file", type=EXISTING, required=False)
+@click.option("--data", metavar="DATA", help="A folder of images, an .npz file, or a source's name.")
+@click.option("--data-path", metavar="PATH", help="What the source reads, if --data is image_folder or npz.")
+@click.option("--image-size", nargs=2, type=click.IntRange(1), metavar="H W", help="Resize images to it.")
+@click.option("--model", metavar="MODEL", help="A reference model, module:function, or a Keras file.")
+@click.option("--scheme", help="Bits of weights and activations.  [default: w8a8]")
+@click.option("--float-epochs", metavar="N", help="Before quantization; 0 for a trained model.")
+@click.option("--qat-epochs", metavar="N", help="Of fine-tuning; 0 stops at PTQ.")
+@click.option("--force", is_flag=True, help="Replace FILE if it is there.")
+@json_option
+def new(file, data, data_path, image_size, model, scheme, float_epochs, qat_epochs, force, as_json) -> None:
+    """Write a recipe for your own data and model to FILE.
+
+    What the options leave open is asked for on a terminal, and takes its default elsewhere.
+
+    \b
+    Example:
+      mobileqat new flowers.yaml --data photos --image-size 96 96 --model mobilenet_v2 --float-epochs 20
+    """
+    from mobileqat.errors import RecipeError
+    from mobileqat.new import collect, write_recipe
+
+    given = {
+        "--data": data,
+        "--image-size": " ".join(map(str, image_size)) if image_size else None,
+        "--model": model,
+        "--scheme": scheme,
+        "--float-epochs": float_epochs,
+        "--qat-epochs": qat_epochs,
+    }
+    asks = sys.stdin.isatty() and not as_json and not click.get_current_context().meta["quiet"]
+
+    def ask(option: str, question: str, read: Callable, default: str | None) -> Any:
+        def answered(text: str) -> Any:
+            try:
+                return read(text)
+            except RecipeError as error:
+                raise click.UsageError(str(error)) from None  # which asks again
+
+        if given[option] is None and asks:
+            return click.prompt(question, default=default, value_proc=answered)
+        if given[option] is None and default is None:
+            raise click.UsageError(f"Missing option '{option}'. {question}.")
+        return read(given[option] or default)
+
+    answers = collect(ask, data_path)
+    path = file or Path(f"{answers.name}.yaml")
+    if path.exists() and not force:
+        raise MobileQatError(f"'{path}' is there already. Choose another FILE, or replace it with --force.")
+    _check_folder(path)
+    text = write_recipe(answers, str(path))
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if as_json:
+        _print_json({"recipe": str(path)})
+        return
+    click.echo(f"{path} is written. Run it with: mobileqat train {path}")
+
+
+@command
+@click.argument("file", type=EXISTING)
+@click.option("--language", type=click.Choice(("python", "kotlin")), default="python")
+@click.option("-o", "--output", type=EXISTING, help="File to write; stdout without it.")
+@json_option
+def snippet(file: Path, language: str, output: Path | None, as_json: bool) -> None:
+    """Print a program that runs FILE, in Python or Kotlin.
+
+    \b
+    Example:
+      mobileqat snippet qat.tflite --language kotlin
+    """
+    from mobileqat.snippets import write_snippet
+
+    text = write_snippet(file, language)
+    if output is not None:
+        _check_output(output, file)
+        write_whole(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    if as_json:
+        _print_json({"language": language, "output": None if output is None else str(output), "text": text})
+    elif output is None:
+        click.echo(text, nl=False)
+    else:
+        click.echo(f"{output} runs {file}, which it expects in its own folder.")
+
+
+@command
+@click.argument("shell", type=click.Choice(("bash", "zsh", "fish")))
+def completion(shell: str) -> None:
+    """Print a script for completion in SHELL.
+
+    \b
+    To have it in every new shell:
+      bash  echo 'eval "$(mobileqat completion bash)"' >> ~/.bashrc
+      zsh   echo 'eval "$(mobileqat completion zsh)"' >> ~/.zshrc        (after compinit)
+      fish  mobileqat completion fish > ~/.config/fish/completions/mobileqat.fish
+
+    \b
+    Example:
+      mobileqat completion bash
+    """
+    from click.shell_completion import get_completion_class
+
+    found = get_completion_class(shell)
+    assert found is not None
+    click.echo(found(main, {}, "mobileqat", "_MOBILEQAT_COMPLETE").source())

@@ -21,6 +21,7 @@ from ai_edge_litert import schema_py_generated as schema
 from mobileqat import kernels
 from mobileqat.errors import CalibrationError, MobileQatError, ModelError
 from mobileqat.fakequant import FakeQuantize
+from mobileqat.flatbuffer import AlignedBuffer
 from mobileqat.models import check_finite_weights
 from mobileqat.numerics import SMALLEST_SCALE
 from mobileqat.quantize import QuantizedModel
@@ -149,24 +150,6 @@ class _Quantization:
     axis: int = 0
 
 
-class _AlignedBuffer(schema.BufferT):
-    """A buffer whose bytes start at a multiple of 16, as the schema demands (`force_align`)."""
-
-    def __init__(self, content: bytes | None = None):
-        super().__init__()
-        self.content = content
-
-    def Pack(self, builder):
-        offset = None
-        if self.content:
-            builder.Prep(16, len(self.content))
-            offset = builder.CreateByteVector(self.content)
-        schema.BufferStart(builder)
-        if offset is not None:
-            schema.BufferAddData(builder, offset)
-        return schema.BufferEnd(builder)
-
-
 class _Writer:
     """Collects tensors, buffers and operators of one subgraph."""
 
@@ -176,7 +159,7 @@ class _Writer:
         self.batch_size = batch_size
         self.integer = np.dtype(f"int{model.plan.scheme.activations.bits}")
         self.tensors: list[schema.TensorT] = []
-        self.buffers = [_AlignedBuffer()]  # buffer 0 is empty by convention
+        self.buffers = [AlignedBuffer()]  # buffer 0 is empty by convention
         self._buffers: dict[bytes, int] = {}
         self.operators: list[schema.OperatorT] = []
         self.codes: dict[tuple[str, int], int] = {}
@@ -201,7 +184,7 @@ class _Writer:
             # A layer that is called several times stores its kernel once.
             tensor.buffer = self._buffers.setdefault(content, len(self.buffers))
             if tensor.buffer == len(self.buffers):
-                self.buffers.append(_AlignedBuffer(content))
+                self.buffers.append(AlignedBuffer(content))
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 

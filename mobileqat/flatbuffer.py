@@ -265,7 +265,7 @@ def read(source: bytes | str | Path) -> Model:
         RuntimeUnavailableError: neither ai-edge-litert nor tensorflow is installed.
     """
     where, content = _load(source)
-    _generated_schema()
+    generated_schema()
     with _refusing(where):
         return _parse(content)
 
@@ -292,7 +292,12 @@ def _load(source: bytes | str | Path) -> tuple[str, bytes]:
 
 
 @functools.cache
-def _generated_schema() -> Any:
+def generated_schema() -> Any:
+    """The module that flatc made of LiteRT's schema.
+
+    Raises:
+        RuntimeUnavailableError: neither ai-edge-litert nor tensorflow is installed.
+    """
     for name in _SCHEMA_MODULES:
         try:
             return importlib.import_module(name)
@@ -303,7 +308,7 @@ def _generated_schema() -> Any:
 
 @functools.cache
 def _enum_names(enum: str) -> Mapping[int, str]:
-    values = vars(getattr(_generated_schema(), enum)).items()
+    values = vars(getattr(generated_schema(), enum)).items()
     return {value: name for name, value in values if not name.startswith("_")}
 
 
@@ -363,7 +368,7 @@ def _vector_position(table: Any, field_number: int) -> tuple[int, int]:
 
 
 def _root(content: bytes) -> Any:
-    return _generated_schema().Model.GetRootAs(content)
+    return generated_schema().Model.GetRootAs(content)
 
 
 def _parse(content: bytes) -> Model:
@@ -519,7 +524,7 @@ def _read_operator(reader: _Reader, table: Any, index: int, codes: list[tuple[st
 
 
 def _read_options(reader: _Reader, table: Any) -> dict[str, Any]:
-    schema = _generated_schema()
+    schema = generated_schema()
     options = schema.BuiltinOptionsCreator(table.BuiltinOptionsType(), table.BuiltinOptions())
     if options is None:
         options = schema.BuiltinOptions2Creator(table.BuiltinOptions2Type(), table.BuiltinOptions2())
@@ -808,6 +813,26 @@ def _with_outputs(content: bytes, outputs: list[int]) -> bytes:
     return bytes(patched)
 
 
+# --- writing
+
+
+class AlignedBuffer:
+    """A buffer for the generated classes to pack, whose bytes start at a multiple of 16 as the schema demands."""
+
+    def __init__(self, content: bytes | None = None):
+        self.content = content
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:  # as the generated classes call it
+        schema, offset = generated_schema(), None
+        if self.content:
+            builder.Prep(16, len(self.content))
+            offset = builder.CreateByteVector(self.content)
+        schema.BufferStart(builder)
+        if offset is not None:
+            schema.BufferAddData(builder, offset)
+        return schema.BufferEnd(builder)
+
+
 # --- taking apart
 
 
@@ -825,7 +850,7 @@ def single_operators(source: bytes | str | Path) -> list[tuple[Operator, bytes]]
     model, root = read(source), _root(content)
     alone = [operator for operator in model.operators if _is_alone(model, operator)]
     with _refusing(where):
-        graph = _generated_schema().SubGraphT.InitFromObj(root.Subgraphs(0))
+        graph = generated_schema().SubGraphT.InitFromObj(root.Subgraphs(0))
         return [(operator, _single(root, graph, model, operator)) for operator in alone]
 
 
@@ -836,7 +861,7 @@ def _is_alone(model: Model, operator: Operator) -> bool:
 
 
 def _single(root: Any, graph: Any, model: Model, operator: Operator) -> bytes:
-    schema = _generated_schema()
+    schema = generated_schema()
     used = list(dict.fromkeys(index for index in (*operator.inputs, *operator.outputs) if index >= 0))
     position = {index: number for number, index in enumerate(used)} | {-1: -1}
     tensors = [_single_tensor(graph.tensors[index], number + 1) for number, index in enumerate(used)]

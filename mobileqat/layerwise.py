@@ -16,6 +16,7 @@ import numpy as np
 
 from mobileqat.calibrate import as_arrays
 from mobileqat.errors import CalibrationError, ModelError
+from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT
 from mobileqat.wrappers import QuantizeWrapper
@@ -40,7 +41,7 @@ class Step:
     run: Callable[[Callable, list[np.ndarray]], np.ndarray]
 
 
-def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[Step]:
+def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = "layer by layer") -> Iterator[Step]:
     """Gives every operator in execution order, and runs it in integers once the caller is done with it.
 
     The caller may change the weights of the operator it is given, and of no other.  Values are held in memory until
@@ -50,6 +51,7 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[
         model: calibrated.
         samples: an array [n, ...], or a list or dict of arrays for several inputs.
         batch_size: samples that run together.
+        what: this is for, as progress shows it.
 
     Raises:
         ModelError: not a quantized model.
@@ -66,7 +68,8 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64) -> Iterator[
     float_values = dict(zip(model.plan.inputs, arrays, strict=True))
     values = {name: run.snap(name, array) for name, array in float_values.items()}
     last_reader = {name: op.name for op in model.plan.operators for name in run.inputs(op)}
-    for operator, wrapper in zip(model.plan.operators, model.operators.values(), strict=True):
+    pairs = list(zip(model.plan.operators, model.operators.values(), strict=True))
+    for operator, wrapper in track(pairs, what, "operators"):
         names = run.inputs(operator)
         float_inputs, inputs = [float_values[n] for n in names], [values[n] for n in names]
         run_this = partial(run, operator)

@@ -21,6 +21,7 @@ from mobileqat.calibrate import as_arrays
 from mobileqat.convert import KERNEL_LAYOUTS
 from mobileqat.errors import DataError, FlatbufferError, ModelError
 from mobileqat.numerics import dequantize, quantize
+from mobileqat.progress import task, track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT, GONE
 from mobileqat.runtime import Session, available_runtimes
@@ -147,12 +148,22 @@ def verify(
     weights = compare_weights(model, file)
     operators = compare_operators(model, file, [array[:operator_samples] for array in arrays], bars, runtime)
     if simulated is None:
-        simulated = model.predict(model.arrange(arrays), batch_size=64, verbose=0)
+        simulated = simulate(model, model.arrange(arrays))
     if interpreted is None:
         interpreted = Session(file, runtime).predict(arrays)
     end_to_end = compare_outputs(output_integers(model, simulated), output_integers(model, interpreted))
     description = f"{runtime} {available_runtimes()[runtime]}"
     return Parity(description, weights, operators, end_to_end, find_problems(weights, operators, end_to_end, bars))
+
+
+def simulate(model: keras.Model, samples, batch_size: int = 64):
+    """`model.predict` on samples [n, ...], or on a list or dict of them, with progress."""
+    count = len(keras.tree.flatten(samples)[0])
+    with task("simulation", count, "samples") as advance:
+        shown = keras.callbacks.LambdaCallback(
+            on_predict_batch_end=lambda batch, logs: advance(min(batch_size, count - batch * batch_size))
+        )
+        return model.predict(samples, batch_size=batch_size, verbose=0, callbacks=[shown])
 
 
 def find_problems(weights: WeightParity, operators, end_to_end: EndToEnd, bars: Bars) -> tuple[str, ...]:
@@ -260,7 +271,7 @@ def compare_operators(
     """Compares every integer operator on the integers that the interpreter itself feeds it."""
     tensors = _interpreter_tensors(model, file, arrays, runtime)
     results = []
-    for wrapper in model.operators.values():
+    for wrapper in track(model.operators.values(), "operators in the simulation", "operators"):
         operator = wrapper.operator
         if operator.kind in (GONE, CONSTANT) or not operator.quantized:
             continue

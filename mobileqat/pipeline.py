@@ -24,7 +24,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mobileqat import flatbuffer, models, parity, plot_data, report
+from mobileqat import flatbuffer, models, parity, plot_data, report, snippets
 from mobileqat.adaround import Rounding, adaround
 from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
@@ -63,6 +63,7 @@ from mobileqat.errors import (
 from mobileqat.evaluate import accuracy, per_class, top1
 from mobileqat.legacy import tfmot
 from mobileqat.legacy.ranges import set_ranges
+from mobileqat.metadata import add_metadata, describe
 from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
 from mobileqat.recipe import PathSource, Recipe, dump_recipe
@@ -159,6 +160,23 @@ class Run:
 
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
+
+    def keep_file(self, variant: str, content: bytes) -> int:
+        """Writes a `.tflite` file with its metadata, and programs that run it; returns its bytes."""
+        if self.recipe.convert.metadata:
+            try:
+                content = with_metadata(content, self.dataset, self.recipe.name, self.recipe.description)
+            except MobileQatError as error:  # a class name of two lines
+                _say(self, f"{variant}.tflite has no metadata: {error}")
+        path = self.directory.write_bytes(f"{variant}.tflite", content)
+        if variant != "float":
+            try:
+                for language in snippets.LANGUAGES:
+                    text = snippets.write_snippet(path, language)
+                    self.directory.write_text(snippets.file_name(path, language), text)
+            except MobileQatError as error:
+                _say(self, f"There is no program that runs {variant}.tflite beside it: {error}")
+        return len(content)
 
     def keep_outputs(self, variant: str, interpreter: np.ndarray, simulation: np.ndarray | None) -> None:
         arrays = {"interpreter": interpreter} | ({} if simulation is None else {"simulation": simulation})
@@ -385,9 +403,8 @@ def _convert(run: Run) -> dict:
             shape = _plan_options(run, model)["input_shape"]
             content = convert_float(model, batch_size=settings.batch_size, input_shape=shape)
         else:
-            content = convert(run.model(variant), **settings.model_dump())
-        run.directory.write_bytes(f"{variant}.tflite", content)
-        sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": len(content)}
+            content = convert(run.model(variant), **settings.model_dump(exclude={"metadata"}))
+        sizes[variant] = {"file": f"{variant}.tflite", "size_bytes": run.keep_file(variant, content)}
     return sizes
 
 
@@ -425,7 +442,7 @@ def _parity(run: Run) -> dict:
     for variant in run.variants:
         runtime = run.recipe.evaluate.runtime
         interpreted = in_batches(Session(run.file(variant), runtime, run.recipe.evaluate.threads).predict, x)
-        simulated = in_batches(partial(run.model(variant).predict, batch_size=64, verbose=0), x)
+        simulated = in_batches(partial(parity.simulate, run.model(variant)), x)
         run.keep_outputs(variant, interpreted, simulated)
         if variant == "float":
             continue
@@ -681,6 +698,12 @@ def load_data(source: str, path: str | None = None, image_size: tuple[int, int] 
     return load_dataset(source, path=path, image_size=image_size or None)
 
 
+def with_metadata(content: bytes, dataset: Dataset, name: str, description: str = "") -> bytes:
+    """A file with the labels and the kind of input of the data it was made for."""
+    shape = dataset.train.x.shape[1:]
+    return add_metadata(content, describe(name, description, dataset.class_names, shape, dataset.value_range))
+
+
 def convert_model(
     model: keras.Model,
     dataset: Dataset | None,
@@ -872,7 +895,7 @@ def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str,
     if path.suffix == ".tflite":
         outputs = in_batches(Session(path, runtime, threads).predict, x)
     else:
-        outputs, runtime = in_batches(partial(models.load_model(path).predict, verbose=0), x), "keras"
+        outputs, runtime = in_batches(partial(parity.simulate, models.load_model(path)), x), "keras"
     return {
         "file": str(path),
         "runtime": runtime,
@@ -892,5 +915,6 @@ __all__ = [
     "search_model",
     "train",
     "verify_model",
+    "with_metadata",
     "write_whole",
 ]

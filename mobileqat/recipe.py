@@ -315,6 +315,10 @@ class Convert(Section):
     input_type: TensorType = Field(default="auto", description="type of the input tensors; auto: the activations' own")
     output_type: TensorType = Field(default="auto", description="type of the output tensors, likewise")
     batch_size: int = Field(default=1, ge=1, description="static batch size of the flatbuffer")
+    metadata: bool = Field(
+        default=True,
+        description="labels and input normalization inside the files, for Android's task libraries (uint8 or float32)",
+    )
 
 
 class Parity(Section):
@@ -480,6 +484,17 @@ NATIVE_KEYS = (
 def recipe_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors (`recipes/recipe.schema.json`)."""
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
+
+
+def recipe_keys() -> dict[str, str]:
+    """Every key of a recipe as `section.key`, with what it means."""
+    keys: dict[str, str] = {}
+    for name, field in Recipe.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        inner = cast(type[BaseModel], field.annotation).model_fields if is_section else {}
+        keys |= {f"{name}.{key}": row.description or "" for key, row in inner.items()}
+        keys |= {} if is_section else {name: field.description or ""}
+    return keys
 
 
 # --- YAML ---------------------------------------------------------------------------------------------
@@ -808,6 +823,16 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
     Raises:
         RecipeError: no such file or name, not UTF-8, or any problem that `parse_recipe` reports.
     """
+    path, text = read_recipe(path_or_name)
+    return parse_recipe(text, file=str(path), overrides=overrides)
+
+
+def read_recipe(path_or_name: str | Path) -> tuple[Path, str]:
+    """Where a recipe is, of a file or a shipped one by name, and its text as it stands there.
+
+    Raises:
+        RecipeError: no such file or name, or not UTF-8.
+    """
     path = Path(path_or_name)
     if str(path_or_name) == path.name and path.suffix not in (".yaml", ".yml"):
         path = _recipes_folder() / f"{path.name}.yaml"
@@ -824,13 +849,18 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
         raise RecipeError(f"{path_or_name}: not a text file, expected UTF-8: {error}") from None
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path_or_name}: cannot be read: {error}") from None
-    return parse_recipe(text, file=str(path), overrides=overrides)
+    return path, text
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out; `parse_recipe` reads it back as an equal one."""
     # Not `allow_unicode`: it writes U+0085 as it is, and reading takes that for the end of a line.
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, width=110)
+
+
+def dump_value(value: Any) -> str:
+    """One value on one line, quoted where a recipe would not read it back as it is."""
+    return yaml.dump(value, Dumper=_Dumper, width=MAX_CHARACTERS).removesuffix("\n").removesuffix("\n...")
 
 
 def list_recipes() -> list[RecipeSummary]:

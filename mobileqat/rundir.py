@@ -3,6 +3,7 @@
 recipe.yaml  environment.json  run.log  report.json  report.html  model_card.md
 model_explorer/*.json                         noise and parity, to lay over the .tflite files in Model Explorer
 float.tflite  ptq.tflite  qat.tflite          what to ship
+run_qat.py  Qat.kt                            programs that run it, likewise for ptq
 checkpoints/*.npz                             where a training that was interrupted goes on
 models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot
 steps/*.json                                  the result of each finished step

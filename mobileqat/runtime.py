@@ -18,6 +18,7 @@ import numpy as np
 from mobileqat import flatbuffer, numerics
 from mobileqat.errors import DataError, MobileQatError, RuntimeUnavailableError
 from mobileqat.flatbuffer import TensorDetails
+from mobileqat.progress import task
 
 Arrays = np.ndarray | Sequence[np.ndarray] | Mapping[str, np.ndarray]
 
@@ -263,12 +264,14 @@ class Session:
         return {name: tensors[index].name for name, index in pairs if index in self.model.inputs}
 
     def _batches(self, arrays: list[np.ndarray], count: int) -> Iterator[list[np.ndarray]]:
-        for start in range(0, count, self.batch_size):
-            chunk = [array[start : start + self.batch_size] for array in arrays]
-            missing = self.batch_size - len(chunk[0])
-            if missing:  # the last batch is filled up by repeating its last sample
-                chunk = [np.concatenate((part, np.repeat(part[-1:], missing, axis=0))) for part in chunk]
-            yield [self._with_batch(array) for array in self._run(chunk)]
+        with task(f"{self.runtime} interpreter", count, "samples") as advance:
+            for start in range(0, count, self.batch_size):
+                chunk = [array[start : start + self.batch_size] for array in arrays]
+                missing = self.batch_size - len(chunk[0])
+                if missing:  # the last batch is filled up by repeating its last sample
+                    chunk = [np.concatenate((part, np.repeat(part[-1:], missing, axis=0))) for part in chunk]
+                yield [self._with_batch(array) for array in self._run(chunk)]
+                advance(self.batch_size - missing)
 
     def _with_batch(self, output: np.ndarray) -> np.ndarray:
         """An output of a single-sample model that lacks the batch dimension gets one."""

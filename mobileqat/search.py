@@ -17,6 +17,7 @@ import numpy as np
 
 from mobileqat.analyze import Metric, SwitchedModel
 from mobileqat.errors import MobileQatError
+from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 
 FLOAT = "float"
@@ -138,9 +139,14 @@ def search(
 
     start = dict.fromkeys(layers, names[0])
     real = switched.predict(samples, {}, batch_size)
-    noise = {layer: {name: _noise(real, outputs(start | {layer: name})) for name in names} for layer in layers}
+    noise = {
+        layer: {name: _noise(real, outputs(start | {layer: name})) for name in names}
+        for layer in track(layers, "noise of each layer", "layers")
+    }
     path = _descend(start, noise, costs)
-    mixtures = [Mixture(m, base_cost + _cost(m, costs), metric(outputs(m))) for m in path]
+    mixtures = [
+        Mixture(m, base_cost + _cost(m, costs), metric(outputs(m))) for m in track(path, "mixtures", "mixtures")
+    ]
     fitting = [mixture for mixture in mixtures if mixture.cost <= budget]
     if not fitting:
         least = min(mixture.cost for mixture in mixtures)

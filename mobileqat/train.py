@@ -27,6 +27,7 @@ from mobileqat.errors import ClusterError, TrainingError
 from mobileqat.fakequant import quantize_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.tensorboard import TensorSummaries
 from mobileqat.wrappers import QuantizeWrapper
 
 
@@ -130,6 +131,8 @@ def _fit(
         if settings.freeze_oscillations:
             memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
             all_callbacks.insert(0, memories["oscillations"])
+    if log_dir is not None:
+        all_callbacks.append(TensorSummaries(model, log_dir))
     checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories, with_metrics=not is_multi_worker(strategy))
     goes_on = checkpoint.restore(trained.optimizer)
     # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.

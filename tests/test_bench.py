@@ -139,7 +139,7 @@ def test_sessions_take_turns():
         def __init__(self, name):
             self.invoke = lambda: calls.append(name)
 
-    latencies = worker._time_in_turns([Recorder("a"), Recorder("b")], rounds=3)
+    latencies = worker._time_in_turns([Recorder("a"), Recorder("b")], rounds=range(3))
     assert calls == ["a", "b", "b", "a", "a", "b"]
     assert [len(values) for values in latencies] == [3, 3]
 

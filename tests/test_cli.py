@@ -22,14 +22,17 @@ from mobileqat.errors import ParityError, TrainingError
 COMMANDS = (
     "analyze",
     "bench",
+    "completion",
     "convert",
     "doctor",
     "evaluate",
     "import-keras2",
     "inspect",
+    "new",
     "recipes",
     "report",
     "search",
+    "snippet",
     "train",
     "verify",
 )
@@ -131,6 +134,7 @@ def test_help():
         "  Start here:\n"
         "    mobileqat recipes                        what can be run\n"
         "    mobileqat train digits_dscnn_w8a8        a whole run in about a minute\n"
+        "    mobileqat new                            a recipe for your own data and model\n"
         "\n"
         "Options:\n"
         "  --version   Show the version and exit.\n"
@@ -138,15 +142,18 @@ def test_help():
         "\n"
         "Commands:\n"
         "  analyze        Say what quantization costs in MODEL, layer by layer.\n"
-        "  bench          Measure what one inference of FILES costs, here or elsewhere.\n"
+        "  bench          Measure what one inference of FILES costs.\n"
+        "  completion     Print a script for completion in SHELL.\n"
         "  convert        Convert MODEL to an integer .tflite file.\n"
-        "  doctor         Say what targets need, and how to install what is missing.\n"
+        "  doctor         Say what is there, what is missing, and how to get it.\n"
         "  evaluate       Score MODEL on the test split of --data.\n"
         "  import-keras2  Rebuild the Keras 2 model SOURCE in Keras 3 as TARGET.\n"
         "  inspect        Say what is inside FILE, and whether it is fully integer.\n"
-        "  recipes        List the shipped recipes.\n"
+        "  new            Write a recipe for your own data and model to FILE.\n"
+        "  recipes        List the shipped recipes, or show one.\n"
         "  report         Print the report of RUN_DIR again.\n"
         "  search         Find the bits of each layer's weights under a budget.\n"
+        "  snippet        Print a program that runs FILE, in Python or Kotlin.\n"
         "  train          Run a RECIPE: a file, or the name of a shipped one.\n"
         "  verify         Compare the quantized Keras MODEL with FILE, in LSBs.\n"
     )
@@ -160,8 +167,8 @@ def test_every_command_is_tested_here():
 def test_help_of_a_command_has_an_example(command):
     output = run(command, "--help").output
     assert f"  Example:\n    mobileqat {command}" in output
-    assert "--debug" in output
-    assert "--json" in output
+    assert "--debug" in output and "--quiet" in output
+    assert ("--json" in output) == (command != "completion")  # a script is for a shell
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -178,7 +185,7 @@ def test_recipes():
     lines = run("recipes").output.splitlines()
     assert [line.split()[0] for line in lines[: len(rows)]] == [row.name for row in rows]
     assert all(line.endswith(row.description) for line, row in zip(lines, rows, strict=False))
-    assert lines[len(rows) :] == ["", "Run one with: mobileqat train NAME"]
+    assert lines[len(rows) :] == ["", "See one with: mobileqat recipes show NAME", "Run one with: mobileqat train NAME"]
     shown = json.loads(run("recipes", "--json").stdout)
     assert [(row["name"], row["description"]) for row in shown] == [(row.name, row.description) for row in rows]
     assert {"digits_dscnn_w8a8", "cifar10_resnet8_w8a8", "fashion_mnist_mobilenetv1_w8a8"} <= {r.name for r in rows}
@@ -455,6 +462,30 @@ def test_doctor():
     assert lines[0] == "host: ready" and lines[1].startswith("  runtime litert (XNNPACK, what phones run by default): ")
     rows = json.loads(run("doctor", "--target", "host", "--json").stdout)["host"]
     assert [row["is_needed"] for row in rows] == [True] + 4 * [False]
+
+
+def test_doctor_names_versions_and_commands(monkeypatch):
+    """Without a target only mobileqat and this machine decide; what is missing comes with its command."""
+    from importlib import metadata
+
+    from mobileqat.bench.record import Check
+
+    monkeypatch.setattr("mobileqat.bench.android.Android.check", lambda self: [Check("adb", None, "apt install adb")])
+    output = run("doctor").output
+    assert output.startswith("mobileqat: ready\n  mobileqat: ") and "\nandroid: not ready\n" in output
+    for package in ("tensorflow", "keras", "ai-edge-litert", "numpy"):
+        assert f"  {package}: {metadata.version(package)}\n" in output
+    assert run("doctor", "--target", "android", code=1).output.endswith("  adb: missing. apt install adb\n")
+
+    def version(package):
+        if package in ("keras", "tf-keras"):
+            raise metadata.PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr("mobileqat.doctor.metadata.version", version)
+    output = run("doctor", code=1).output
+    assert output.startswith("mobileqat: not ready\n") and "  keras: missing. pip install keras\n" in output
+    assert 'not there, not needed. pip install "mobileqat[tfmot]"' in output
 
 
 # ------------------------------------------------------------------ convert

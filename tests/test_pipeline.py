@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -26,9 +27,10 @@ from mobileqat.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from mobileqat.metadata import read_metadata
 from mobileqat.models import load_model
 from mobileqat.quantize import strip
-from mobileqat.recipe import load_recipe, parse_recipe
+from mobileqat.recipe import dump_recipe, load_recipe, parse_recipe
 
 SMALL = (
     "model.args={filters: 32, blocks: 2}",
@@ -119,6 +121,7 @@ def test_every_artefact_is_there(small_run):
     directory, _ = small_run
     expected = {"environment.json", "recipe.yaml", "report.html", "report.json", ".lock"}
     expected |= {f"{variant}.tflite" for variant in VARIANTS}
+    expected |= {"run_ptq.py", "Ptq.kt", "run_qat.py", "Qat.kt"}
     expected |= {f"models/{variant}.keras" for variant in VARIANTS}
     expected |= {f"outputs/{variant}.npz" for variant in VARIANTS}
     expected |= {f"steps/{step}.json" for step in pipeline.STEPS}
@@ -142,6 +145,40 @@ def test_the_report_can_draw_every_plot_and_names_tensors_of_the_files(small_run
         for path in directory.glob(f"model_explorer/{variant}_*.json"):
             assert set(json.loads(path.read_text())["main"]["results"]) <= names_in_file
         assert hashlib.sha256(content).hexdigest() in (directory / "model_card.md").read_text()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_files_have_metadata(small_run, variant):
+    found = read_metadata(small_run[0] / f"{variant}.tflite")
+    assert found.labels == tuple(small_run[1]["data"]["class_names"]) == tuple("0123456789")
+    assert found.name == "digits_dscnn_w8a8" and (found.mean, found.std) == (0.0, 1.0)
+    assert small_run[1]["variants"][variant]["size_bytes"] == (small_run[0] / f"{variant}.tflite").stat().st_size
+
+
+def test_metadata_is_left_out_on_request(small_run, tmp_path):
+    directory = shutil.copytree(small_run[0], tmp_path / "run")
+    recipe = load_recipe("digits_dscnn_w8a8", [*SMALL, "convert.metadata=false"])
+    (directory / "recipe.yaml").write_text(dump_recipe(recipe))
+    (directory / "steps" / "convert.json").unlink()
+    pipeline.train(recipe, directory, resume=True)
+    assert read_metadata(directory / "qat.tflite") is None
+    assert (directory / "qat.tflite").stat().st_size < (small_run[0] / "qat.tflite").stat().st_size
+
+
+@pytest.mark.parametrize("variant", ["ptq", "qat"])
+def test_the_program_beside_a_file_answers_as_was_evaluated(small_run, variant):
+    """On every test sample, from its pixels."""
+    directory, results = small_run
+    spec = importlib.util.spec_from_file_location(f"run_{variant}", directory / f"run_{variant}.py")
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    interpreter, test = program.load(), load_dataset("digits").test
+    answers = np.stack([program.run(interpreter, sample) for sample in test.x])
+    evaluated = np.load(directory / "outputs" / f"{variant}.npz")["interpreter"]
+    count = len(evaluated)
+    assert np.array_equal(answers[:count], program.dequantize(evaluated))
+    right = np.mean([program.LABELS[i] == str(y) for i, y in zip(answers[:count].argmax(1), test.y, strict=False)])
+    assert right == results["variants"][variant]["accuracy"]["interpreter"]
 
 
 def test_techniques_before_training_repair_few_bits(small_run, tmp_path):

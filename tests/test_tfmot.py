@@ -126,6 +126,7 @@ def test_every_artefact_is_there(run):
     directory, results, display = run
     expected = {"environment.json", "recipe.yaml", "report.html", "report.json", ".lock"}
     expected |= {"float.tflite", "ptq.tflite", "qat.tflite", "models/float.h5", "models/qat.h5"}
+    expected |= {"run_ptq.py", "Ptq.kt", "run_qat.py", "Qat.kt"}
     expected |= {f"outputs/{variant}.npz" for variant in ("float", "ptq", "qat")}
     expected |= {f"steps/{step}.json" for step in pipeline.STEPS} | {"model_card.md"}
     found = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}

@@ -20,6 +20,7 @@ from mobileqat.fakequant import quantize_weights
 from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.rules import GONE
 from mobileqat.train import (
     OscillationFreeze,
     fit,
@@ -358,6 +359,58 @@ def test_constant_rate_warms_up_too():
 def test_tensorboard(dataset, tmp_path):
     fit(float_model(), dataset, Training(epochs=1), log_dir=tmp_path)
     assert list(tmp_path.rglob("events*"))
+
+
+def summaries(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    return accumulator.Reload()
+
+
+def test_tensorboard_shows_the_tensors_of_a_quantized_model(dataset, tmp_path):
+    quantized = quantized_model(dataset)
+    fit(quantized, dataset, QatTraining(epochs=2, batch_size=64, keep_best=False), log_dir=tmp_path)
+    found = summaries(tmp_path / "tensors")
+    tags = set(found.Tags()["tensors"])
+    weighted = {name for name, w in quantized.operators.items() if w.weight_spec is not None}
+    assert {tag for tag in tags if tag.startswith("integers/")} == {f"integers/{name}" for name in weighted}
+    assert {tag for tag in tags if tag.startswith("weights/")} == {f"weights/{name}" for name in weighted}
+    learned = {name for name, quantizer in quantized.quantizers.items() if quantizer.is_learned}
+    assert {tag for tag in tags if tag.startswith("ranges/")} == {
+        f"ranges/{n}/{e}" for n in learned for e in ("low", "high")
+    }
+    name = next(iter(learned))
+    scale, zero_point = quantized.quantizers[name].grid()
+    _, last = (tf.make_ndarray(event.tensor_proto) for event in found.Tensors(f"ranges/{name}/high"))
+    np.testing.assert_allclose(last, scale * (127 - zero_point), rtol=1e-6)
+    integers = quantized.operators[next(iter(weighted))].constants()["weights"]
+    buckets = tf.make_ndarray(found.Tensors(f"integers/{next(iter(weighted))}")[-1].tensor_proto)  # [low, high, count]
+    assert buckets[:, 2].sum() == integers.size
+    assert (buckets[0, 0], buckets[-1, 1]) == (integers.min(), integers.max())
+
+
+def test_tensorboard_shows_the_plan_as_a_graph(dataset, tmp_path):
+    quantized = quantized_model(dataset)
+    grids = {name: quantizer.grid() for name, quantizer in quantized.quantizers.items()}  # as training finds them
+    fit(quantized, dataset, QatTraining(epochs=1, batch_size=64), log_dir=tmp_path)
+    nodes = {node.name: node for node in summaries(tmp_path / "tensors").Graph().node}
+    operators = {op.name: op for op in quantized.plan.operators if op.kind != GONE}
+    assert set(nodes) == {*operators, *quantized.plan.inputs}
+    for name, operator in operators.items():
+        assert nodes[name].op == operator.kind and all(maker in nodes for maker in nodes[name].input)
+        assert len(nodes[name].input) == len(operator.inputs)
+        scale, zero_point = grids[operator.output]
+        assert nodes[name].attr["scale"].f == scale and nodes[name].attr["zero_point"].i == zero_point
+
+
+def test_tensorboard_shows_the_weights_and_the_graph_of_a_float_model(dataset, tmp_path):
+    model = float_model()
+    fit(model, dataset, Training(epochs=1), log_dir=tmp_path)
+    found = summaries(tmp_path / "tensors")
+    kernels = {f"weights/{v.path}" for v in model.trainable_variables if len(v.shape) > 1}
+    assert len(kernels) == 2 and set(found.Tags()["tensors"]) == kernels
+    assert "Conv2D" in {node.op for node in found.Graph().node}
 
 
 # --- learned grids, estimators, oscillation

@@ -6,13 +6,16 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mobileqat.bench import child
 from mobileqat.bench.record import Check, Job, Outcome, Settings
 from mobileqat.errors import MobileQatError
+from mobileqat.progress import task
 from mobileqat.runtime import RUNTIMES, available_runtimes, require_runtime
 
 
@@ -37,7 +40,8 @@ class Host:
         with tempfile.TemporaryDirectory(prefix="mobileqat-bench-") as folder:
             child.write_jobs(Path(folder), jobs, settings, cpus=_allowed_cores(settings.cpus))
             command = [sys.executable, str(child.WORKER), folder]
-            done = child.run_command(command, settings.timeout_s, "the benchmark")
+            with _watching(Path(folder) / "rounds", settings.runs):
+                done = child.run_command(command, settings.timeout_s, "the benchmark")
             rows = child.read_result(Path(folder), done, f"{settings.runtime} on this machine")["models"]
             measured = child.measurements(Path(folder), jobs, rows)
         return Outcome(measured, "ms", settings.runtime, version, describe_machine())
@@ -49,11 +53,42 @@ class Host:
             Check(
                 f"runtime {name} ({RUNTIMES[name].kernels})",
                 version if version[0].isdigit() else None,
-                "" if version[0].isdigit() else version.removeprefix("not usable: "),
+                "" if version[0].isdigit() else _remedy(name, version.removeprefix("not usable: ")),
                 is_needed=name == "litert",
             )
             for name, version in found.items()
         ]
+
+
+@contextmanager
+def _watching(path: Path, rounds: int) -> Iterator[None]:
+    """Shows how many of the rounds are done, as the worker writes it down now and then."""
+    ended = threading.Event()
+    with task("timed rounds", rounds or None, "rounds") as advance:
+
+        def look() -> None:
+            seen = 0
+            while not ended.wait(0.5):
+                try:
+                    now = int(path.read_text(encoding="ascii"))
+                except (OSError, ValueError):  # not there yet, or half written
+                    continue
+                advance(now - seen)
+                seen = now
+
+        watcher = threading.Thread(target=look, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
+
+
+def _remedy(name: str, reason: str) -> str:
+    """The command that provides a runtime, and why it is not usable."""
+    extra = "mobileqat[tflite-runtime]" if name == "tflite-runtime" else RUNTIMES[name].package
+    return f'pip install "{extra}" ({reason})'
 
 
 def describe_machine() -> dict[str, Any]:

@@ -25,6 +25,7 @@ from mobileqat.bench.record import (
 )
 from mobileqat.bench.statistics import summarize
 from mobileqat.errors import DelegationError, MobileQatError
+from mobileqat.progress import task
 from mobileqat.runtime import available_runtimes, random_samples, to_raw
 
 MIN_TOP1_AGREEMENT = 0.98  # where kernels round in ways of their own
@@ -66,7 +67,8 @@ def measure(
     models = {name: flatbuffer.read(source) for name, source in files.items()}
     inputs = vectors or {name: random_vectors(model, max(samples, 1)) for name, model in models.items()}
     jobs = [Job(name, model, tuple(inputs[name]), compares) for name, model in models.items()]
-    outcome = target.run(jobs, settings)
+    with task(f"benchmark on {target.name}"):
+        outcome = target.run(jobs, settings)
     expected = host_outputs(jobs, settings) if compares else [()] * len(jobs)
     if settings.profile and not target.has_profiler:
         outcome = _with_profiles(outcome, target, jobs, settings)
@@ -91,7 +93,8 @@ def predict(
         One raw array [n, *shape of the tensor] per output.
     """
     job = Job("model", flatbuffer.read(model), tuple(arrays), wants_outputs=True, is_timed=False)
-    return target.run([job], replace(settings, runs=0)).measurements[0].outputs
+    with task(f"outputs on {target.name}"):
+        return target.run([job], replace(settings, runs=0)).measurements[0].outputs
 
 
 def random_vectors(model: flatbuffer.Model, count: int) -> list[np.ndarray]:
@@ -235,7 +238,8 @@ def _with_profiles(outcome: Outcome, target: Target, jobs: Sequence[Job], settin
         for rows in models.values()
         for model in rows
     ]
-    answers = iter(target.run(single, settings).measurements if single else ())
+    with task(f"operators on {target.name}"):
+        answers = iter(target.run(single, settings).measurements if single else ())
     profiled = []
     for job, measured in zip(jobs, outcome.measurements, strict=True):
         profile = tuple(

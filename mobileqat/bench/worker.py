@@ -39,8 +39,10 @@ def run(folder: Path, job: dict) -> dict:
     sessions = [_Session(module, folder, index, job) for index in range(len(job["models"]))]
     for session in sessions:
         session.answer()
-    latencies = (_mark_in_turns if job["mark"] else _time_in_turns)([s for s in sessions if s.is_timed], job["runs"])
-    for session, values in zip((s for s in sessions if s.is_timed), latencies):  # noqa: B905 (Python 3.9 on boards)
+    timed = [s for s in sessions if s.is_timed]
+    rounds = range(job["runs"]) if job["mark"] else _counted(job["runs"], folder / "rounds")
+    latencies = (_mark_in_turns if job["mark"] else _time_in_turns)(timed, rounds)
+    for session, values in zip(timed, latencies):  # noqa: B905 (Python 3.9 on boards)
         session.row["latencies_ms"] = values
     return {"models": [session.row for session in sessions], "version": _version(job["package"])}
 
@@ -94,10 +96,20 @@ class _Session:
         self.set_inputs(0)
 
 
-def _time_in_turns(sessions: list, rounds: int) -> list:
+def _counted(rounds: int, path: Path):
+    """The numbers of the rounds; twice a second, between two timed invocations, a file tells how many are done."""
+    told_ns = time.perf_counter_ns()
+    for number in range(rounds):
+        yield number
+        if time.perf_counter_ns() - told_ns > 500_000_000:
+            path.write_text(str(number + 1), encoding="ascii")
+            told_ns = time.perf_counter_ns()
+
+
+def _time_in_turns(sessions: list, rounds) -> list:
     """Milliseconds per session and round; every round starts with another session."""
     latencies: list = [[] for _ in sessions]
-    for first in range(rounds):
+    for first in rounds:
         for offset in range(len(sessions)):
             index = (first + offset) % len(sessions)
             start_ns = time.perf_counter_ns()
@@ -106,9 +118,9 @@ def _time_in_turns(sessions: list, rounds: int) -> list:
     return latencies
 
 
-def _mark_in_turns(sessions: list, rounds: int) -> list:
+def _mark_in_turns(sessions: list, rounds) -> list:
     """The same turns without a clock: two `sched_yield` calls, which a counter of instructions sees, enclose each."""
-    for first in range(rounds):
+    for first in rounds:
         for offset in range(len(sessions)):
             invoke = sessions[(first + offset) % len(sessions)].interpreter.invoke
             os.sched_yield()

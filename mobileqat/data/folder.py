@@ -26,6 +26,7 @@ from mobileqat.data.dataset import SPLIT_NAMES
 from mobileqat.data.split import hold_out_test
 from mobileqat.data.stream import Streamed, in_parallel, is_streamed
 from mobileqat.errors import DataError
+from mobileqat.progress import track
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # By what a file holds, whatever its name says: Pillow knows formats that other programs are started for.
@@ -234,7 +235,8 @@ def _find_broken(root: Path, reader: ImageFiles, broken: str, remember: bool) ->
         return None
 
     def find() -> dict[str, str]:
-        problems = zip(reader.files, in_parallel(problem, range(len(reader))), strict=True)
+        pairs = zip(reader.files, in_parallel(problem, range(len(reader))), strict=True)
+        problems = track(pairs, "reading images", "images", len(reader))
         return {file: reason for file, reason in problems if reason is not None}
 
     if not remember:

@@ -21,6 +21,7 @@ import numpy as np
 from mobileqat.data.builtin import local_folder
 from mobileqat.data.npz import read_npz
 from mobileqat.errors import DataError
+from mobileqat.progress import track
 
 FSDD_RATE = 8000
 FSDD_URL = "https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/master.zip"
@@ -121,7 +122,7 @@ def mfcc(clips: Iterable[np.ndarray], rate: int, seconds: float = 1.0) -> np.nda
     size = 1 << (window - 1).bit_length()
     filters, cosines = mel_filters(rate, size), _cosines()
     features = []
-    for samples in clips:
+    for samples in track(clips, "features of speech", "clips"):
         padded = np.zeros(length)
         padded[: len(samples)] = samples[:length] / 32768
         power = np.abs(np.fft.rfft(padded[starts[:, np.newaxis] + np.arange(window)] * hann, size)) ** 2

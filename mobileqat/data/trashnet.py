@@ -14,6 +14,7 @@ import numpy as np
 from mobileqat.data.builtin import local_folder
 from mobileqat.data.folder import read_image
 from mobileqat.errors import DataError
+from mobileqat.progress import track
 
 CLASSES = ("glass", "paper", "cardboard", "plastic", "metal", "trash")
 LISTS = {"train": "train", "validation": "val", "test": "test"}
@@ -33,11 +34,13 @@ def load_trashnet(*, image_size: tuple[int, int] | None = (96, 128)) -> dict:
         )
     listed = _read_lists(folder / "splits")
     rows: dict[str, list] = {name: [] for name in LISTS}
-    for label, name in enumerate(CLASSES):
-        for file in sorted((folder / "images" / name).glob("*.jpg")):
-            if file.name not in listed:
-                raise DataError(f"{file} is in none of the authors' lists. Remove it, or complete the lists.")
-            rows[listed[file.name]].append((read_image(file, image_size, 3), label))
+    found = [
+        (label, file) for label, name in enumerate(CLASSES) for file in sorted((folder / "images" / name).glob("*.jpg"))
+    ]
+    for label, file in track(found, "reading images", "images"):
+        if file.name not in listed:
+            raise DataError(f"{file} is in none of the authors' lists. Remove it, or complete the lists.")
+        rows[listed[file.name]].append((read_image(file, image_size, 3), label))
     arrays: dict = {"class_names": CLASSES}
     for name, members in rows.items():
         if not members:

@@ -55,7 +55,9 @@ def _qat(run: Any) -> dict | None:
 
 def _convert(run: Any) -> dict:
     _write_files(run, {name: name for name in run.variants if name != "ptq"})
-    return {name: {"file": f"{name}.tflite", "size_bytes": len(run.file(name))} for name in run.variants}
+    return {
+        name: {"file": f"{name}.tflite", "size_bytes": run.keep_file(name, run.file(name))} for name in run.variants
+    }
 
 
 def _parity(run: Any) -> dict:
@@ -187,7 +189,10 @@ def _write_files(run: Any, models: dict[str, str], samples: np.ndarray | None = 
             for file, model in models.items()
         ]
         arrays = {} if samples is None else {"samples": samples}
-        settings = {key: "int8" if value == "auto" else value for key, value in run.recipe.convert.model_dump().items()}
+        settings = {
+            key: "int8" if value == "auto" else value
+            for key, value in run.recipe.convert.model_dump(exclude={"metadata"}).items()
+        }
         arguments = settings | {"files": rows, "function": _function(run)}
         process.call("convert", arguments, arrays=arrays)
         for target in targets.values():
