@@ -157,13 +157,26 @@ def verify(
 
 
 def simulate(model: keras.Model, samples, batch_size: int = 64):
-    """`model.predict` on samples [n, ...], or on a list or dict of them, with progress."""
+    """`model.predict` on samples [n, ...], or on a list or dict of them, with progress.
+
+    The last batch is filled up: a smaller one would have the whole model traced once more, which takes seconds.
+    """
     count = len(keras.tree.flatten(samples)[0])
+    whole = count - count % batch_size
     with task("simulation", count, "samples") as advance:
-        shown = keras.callbacks.LambdaCallback(
-            on_predict_batch_end=lambda batch, logs: advance(min(batch_size, count - batch * batch_size))
-        )
-        return model.predict(samples, batch_size=batch_size, verbose=0, callbacks=[shown])
+
+        def predict(part, size: int):
+            done = keras.callbacks.LambdaCallback(
+                on_predict_batch_end=lambda batch, logs: advance(min(batch_size, size - batch * batch_size))
+            )
+            return model.predict(part, batch_size=batch_size, verbose=0, callbacks=[done])
+
+        if whole in (0, count):
+            return predict(samples, count)
+        first = predict(keras.tree.map_structure(lambda x: x[:whole], samples), whole)
+        filling = np.minimum(np.arange(whole, whole + batch_size), count - 1)  # repeats the last sample
+        rest = predict(keras.tree.map_structure(lambda x: x[filling], samples), count - whole)
+        return keras.tree.map_structure(lambda a, b: np.concatenate([a, b[: count - whole]]), first, rest)
 
 
 def find_problems(weights: WeightParity, operators, end_to_end: EndToEnd, bars: Bars) -> tuple[str, ...]:

@@ -46,6 +46,20 @@ def content(quantized):
     return convert(quantized)
 
 
+@pytest.mark.parametrize("count", [3, 8, 19, 20])
+def test_simulates_in_full_batches(quantized, count):
+    """A smaller last batch would be traced anew; filled up, it gives the same."""
+    traced = []
+    quantized.predict_function = None
+    call, quantized.call = quantized.call, lambda *a, **k: traced.append(a[0].shape) or call(*a, **k)
+    try:
+        found = parity.simulate(quantized, X[:count], batch_size=8)
+    finally:
+        quantized.call, quantized.predict_function = call, None
+    assert np.array_equal(found, quantized(X[:count]))
+    assert len({tuple(shape) for shape in traced}) == 1
+
+
 def test_passes_what_is_right(quantized, content):
     result = verify(quantized, content, X)
     assert result.passed and result.problems == ()
