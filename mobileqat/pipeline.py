@@ -66,13 +66,13 @@ from mobileqat.legacy.ranges import set_ranges
 from mobileqat.metadata import add_metadata, describe
 from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
-from mobileqat.recipe import PathSource, Recipe, dump_recipe
+from mobileqat.recipe import PathSource, Recipe, Training, dump_recipe
 from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, SharedDirectory, write_whole
 from mobileqat.runtime import Session
 from mobileqat.schemes import get_scheme
 from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
-from mobileqat.train import fit
+from mobileqat.train import History, fit
 
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
 PROFILED: dict[str, Any] = {"warmup": 3, "runs": 30, "profile": True}  # operator by operator, on this machine
@@ -186,6 +186,12 @@ class Run:
         with np.load(self.directory.path / "outputs" / f"{variant}.npz") as arrays:
             return dict(arrays)
 
+    @property
+    def policy(self) -> str:
+        """The dtype policy of layers while they are trained."""
+        precision = self.recipe.precision
+        return precision if precision == "float32" else f"mixed_{precision}"
+
     def log_dir(self, step: str) -> Path | None:
         """Where TensorBoard's events of a training go; workers beside the chief leave none."""
         return None if worker_index(self.strategy) else self.directory.path / "tensorboard" / step
@@ -250,22 +256,36 @@ def _float(run: Run) -> dict:
     models.check_finite_weights(model)
     if recipe.qat.from_scratch:
         run.directory.write("models/initial.keras", model.save)  # as it is now; training changes it
-    history = fit(
-        model,
-        data,
-        recipe.float,
-        augment=recipe.data.augment,
-        seed=recipe.seed,
-        callbacks=run.training_callbacks("float", recipe.float.epochs),
-        log_dir=run.log_dir("float"),
-        storage=run.directory.checkpoint("float"),
-    )
+    history = _fit(run, "float", model, recipe.float)
     models.check_finite_weights(model)
     run.keep_model("float", model)
     return {
         "model": {"name": recipe.model.name or model.name, "parameters": model.count_params()},
         "training": vars(history),
     }
+
+
+def _fit(run: Run, step: str, model: keras.Model, settings: Training, teacher: keras.Model | None = None) -> History:
+    """Trains a model in place, in the recipe's precision."""
+    trained = model
+    if run.policy != "float32":
+        with run.strategy.scope():
+            trained = models.with_policy(model, run.policy)
+    try:
+        return fit(
+            trained,
+            run.dataset,
+            settings,
+            augment=run.recipe.data.augment,
+            seed=run.recipe.seed,
+            teacher=teacher,
+            callbacks=run.training_callbacks(step, settings.epochs),
+            log_dir=run.log_dir(step),
+            storage=run.directory.checkpoint(step),
+        )
+    finally:
+        if trained is not model:
+            model.set_weights(trained.get_weights())
 
 
 def _plan_options(run: Run, model: keras.Model) -> dict:
@@ -360,17 +380,7 @@ def _qat(run: Run) -> dict | None:
             # A copy by way of the file: the PTQ model stays as it was calibrated.
             model = models.load_model(run.directory.path / "models" / "ptq.keras")
     try:
-        history = fit(
-            model,
-            run.dataset,
-            run.recipe.qat,
-            augment=run.recipe.data.augment,
-            seed=run.recipe.seed,
-            teacher=run.model("float"),
-            callbacks=run.training_callbacks("qat", run.recipe.qat.epochs),
-            log_dir=run.log_dir("qat"),
-            storage=run.directory.checkpoint("qat"),
-        )
+        history = _fit(run, "qat", model, run.recipe.qat, run.model("float"))
     except TrainingError as error:
         run.directory.checkpoint("qat").delete()  # it leads where this one did
         path = run.directory.write("models/qat_last_good.keras", model.save)

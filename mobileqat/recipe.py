@@ -385,6 +385,10 @@ class Recipe(Section):
         default="none",
         description="train on one device, on all GPUs of this machine, or on the machines of TF_CONFIG",
     )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="what layers compute in while training; weights, ranges and grids stay float32, files the same",
+    )
     engine: Engine = Field(
         default="native",
         description="native: Keras 3 models; tfmot: tf_keras models, quantized by TensorFlow Model Optimization",
@@ -418,8 +422,9 @@ class Recipe(Section):
                 "a Keras 3 model, expected module:function that returns a tf_keras model, or weights with a whole "
                 f"model for engine tfmot, received {_shown(self.model.name)}",
             )
-        if self.distribute != "none":
-            raise _conflict("distribute", f"not for engine tfmot, expected none, received {self.distribute}")
+        for key, only in (("distribute", "none"), ("precision", "float32")):
+            if getattr(self, key) != only:
+                raise _conflict(key, f"not for engine tfmot, expected {only}, received {getattr(self, key)}")
         defaults = type(self).model_fields
         for key in NATIVE_KEYS:
             section, name = key.split(".")

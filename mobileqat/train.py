@@ -111,8 +111,11 @@ def _fit(
     trained = model
     if teacher is not None and isinstance(settings, QatTraining):
         trained = distilled(model, teacher, settings)
+    optimizer = make_optimizer(settings, train.steps)
+    if any(layer.compute_dtype == "float16" for layer in model._flatten_layers()):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # small gradients would be 0 in float16
     trained.compile(
-        optimizer=make_optimizer(settings, train.steps),
+        optimizer=optimizer,
         loss=keras.losses.CategoricalCrossentropy(
             from_logits=not gives_probabilities(model), label_smoothing=settings.label_smoothing
         ),

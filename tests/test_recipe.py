@@ -37,8 +37,8 @@ SHIPPED = [
     *("fsdd_dscnn_w8a8", "kws01_dscnn_w8a8", "trashnet_mobilenetv2_w8a8"),
 ]
 SECTIONS = (
-    "name, description, seed, deterministic, distribute, engine, data, model, float, quantize, qat, convert, parity, "
-    "evaluate, bench, report"
+    "name, description, seed, deterministic, distribute, precision, engine, data, model, float, quantize, qat, "
+    "convert, parity, evaluate, bench, report"
 )
 SOURCES = "digits, cifar10, fashion_mnist, fsdd, kws01, trashnet, image_folder, npz, tfrecord or module:function"
 MINIMAL = """\

@@ -43,7 +43,7 @@ def feature(value):
 
 def example(image, label, keys=KEYS):
     features = {keys[0]: feature(image), keys[1]: feature(label), "other": feature(7)}
-    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString(deterministic=True)
 
 
 def examples(start, count, classes=3):
@@ -214,6 +214,7 @@ def test_damaged_records(shards, damage, message, left):
         (example(encoded(pixels(0)), -1), "record 18 has label -1; expected one from 0 on"),
         (example(encoded(pixels(0)), 2**62), "record 18 has label 4611686018427387904"),
     ],
+    ids=range(8),
 )
 def test_records_that_are_no_labelled_images(shards, record, message):
     write(next(shards.glob("*train*00000*")), [*examples(0, 18), record])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import json
 import os
 import sys
 import zipfile
@@ -239,6 +240,46 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
         raise ModelError(f"'{path}' holds a {type(model).__name__}, expected a Keras 3 model.")
     check_finite_weights(model)
     return model
+
+
+def with_policy(model: keras.Model, policy: str) -> keras.Model:
+    """A copy of a model whose layers have another dtype policy: what they compute in; its weights stay float32.
+
+    Args:
+        model: built; layers that stand on a policy of integers or of quantization keep it.
+        policy: "float32", "mixed_bfloat16" or "mixed_float16".
+
+    Raises:
+        ModelError: a model that Keras cannot make again from its configuration.
+    """
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)  # of layers that are made anew in lowering, without a configuration
+    try:
+        copy = type(model).from_config(_replace_policies(model.get_config(), policy))
+        copy.set_weights(model.get_weights())
+    except Exception as error:  # whatever the configuration of somebody's own class makes of it
+        raise ModelError(
+            f"Model '{model.name}' cannot be made again with dtype policy {policy}: {str(error).splitlines()[0]}. Give "
+            "its classes get_config and from_config, or train with precision: float32."
+        ) from error
+    finally:
+        keras.config.set_dtype_policy(before)
+    return copy
+
+
+def _replace_policies(config: Any, policy: str) -> Any:
+    if isinstance(config, dict):
+        if config.get("class_name") == "DTypePolicy" and str(config["config"].get("name")) in POLICIES:
+            return {**config, "config": {**config["config"], "name": policy}}
+        if isinstance(config.get("float_model"), str):  # of a quantized model
+            config = config | {"float_model": json.dumps(_replace_policies(json.loads(config["float_model"]), policy))}
+        return {key: _replace_policies(value, policy) for key, value in config.items()}
+    return [_replace_policies(value, policy) for value in config] if isinstance(config, list | tuple) else config
+
+
+POLICIES = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
 def _holds_weights_only(path: Path) -> bool:
