@@ -249,6 +249,12 @@ class FakeQuantize(keras.layers.Layer):
         zero_point = tf.round(float(self.spec.qmin) - quotient(low, scale))
         return scale, tf.clip_by_value(zero_point, float(self.spec.qmin), float(self.spec.qmax))
 
+    def _constants(self):
+        """`parameters` as constants of the step that is traced, in which a frozen range then costs nothing."""
+        with tf.init_scope():
+            values = [ops.convert_to_numpy(value) for value in self.parameters()]
+        return tuple(tf.constant(value, tf.float32) for value in values)
+
     def bounds(self, gradient_factor: float = 1.0):
         """The range of the group before it is nudged, float32 scalars around 0; trained ends have gradients."""
         weight = tf.convert_to_tensor(self.range_weight)[:, None]
@@ -270,8 +276,12 @@ class FakeQuantize(keras.layers.Layer):
         """Moves a member's range towards the range of this batch, by the layer's `ema_decay` or another."""
         row = self.members.index(member)
         batch = _range_of_all_replicas(tf.stack([tf.reduce_min(x), tf.reduce_max(x)]))
-        own_decay = self.ema_decay if ema_decay is None else ema_decay
-        decay = tf.one_hot(row, len(self.members)) * (own_decay - 1.0) + 1.0
+        decay = self.ema_decay if ema_decay is None else ema_decay
+        if len(self.members) == 1:
+            self.range_sum.assign(self.range_sum * decay + (1.0 - decay) * batch)
+            self.range_weight.assign(self.range_weight * decay + (1.0 - decay))
+            return
+        decay = tf.one_hot(row, len(self.members)) * (decay - 1.0) + 1.0
         self.range_sum.assign(self.range_sum * decay[:, None] + (1.0 - decay)[:, None] * batch)
         self.range_weight.assign(self.range_weight * decay + (1.0 - decay))
 
@@ -286,7 +296,8 @@ class FakeQuantize(keras.layers.Layer):
         return self._train(x) if self.quantizing else x
 
     def _train(self, x):
-        scale, zero_point = self.parameters()
+        is_frozen = not self.observing and not self.learns_range
+        scale, zero_point = self._constants() if is_frozen else self.parameters()
         low, high = self.spec.qmin - zero_point, self.spec.qmax - zero_point
         if self.learns_range:
             count = int(np.prod([size or 1 for size in x.shape[1:]]))

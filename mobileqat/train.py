@@ -266,7 +266,8 @@ class Schedule(keras.callbacks.Callback):
 def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
     """Freezes or frees activation ranges and BatchNormalization statistics; returns whether anything changed.
 
-    A training function traced before must be traced anew: `model.make_train_function(force=True)`, or `compile`.
+    A training function traced before must be traced anew: `model.make_train_function(force=True)`, or `compile`. Frozen
+    ranges are constants in it.
     """
     changed = False
     for quantizer in model.quantizers.values():

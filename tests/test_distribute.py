@@ -17,7 +17,7 @@ data: {source: digits, calibration_samples: 64, validation_fraction: 0.05, augme
 model: {name: "test_distribute:net"}
 float: {epochs: 1, batch_size: 96, optimizer: sgd, learning_rate: 0.05}
 quantize: {scheme: w8a8}
-qat: {epochs: 2, batch_size: 96, optimizer: sgd, learning_rate: 0.01, keep_best: false}
+qat: {epochs: 2, batch_size: 96, optimizer: sgd, learning_rate: 0.01, keep_best: false, freeze_observers_after: 0.5}
 bench: {enabled: false}
 parity: {samples: 8}
 evaluate: {limit: 64, threads: 1}

@@ -160,6 +160,17 @@ def test_symmetric_grids(full_range, lowest):
         np.testing.assert_array_equal(got, [lowest, 0, 127])
 
 
+@pytest.mark.parametrize("observing", [True, False])
+def test_a_frozen_range_is_a_constant_of_the_step(observing):
+    layer = calibrated()
+    layer.observing = observing
+    shape = tf.TensorSpec([None], tf.float32)
+    step = tf.function(lambda x: layer(x, member="x", training=True)).get_concrete_function(shape)
+    assert bool(step.captured_inputs) == observing
+    values = tf.linspace(-1.0, 2.0, 1000)  # the very range, so that observing it moves nothing
+    np.testing.assert_array_equal(step(values), layer(values, member="x", training=True))
+
+
 @pytest.mark.parametrize("training, observing", [(False, True), (None, True), (True, False)])
 def test_ranges_that_do_not_move(training, observing):
     layer = calibrated()
