@@ -168,6 +168,9 @@ def grown(depth: int, width: int) -> dict[str, float]:
     import numpy as np
 
     import mobileqat
+    from mobileqat import plot_data
+    from mobileqat.pipeline import plan_rows
+    from mobileqat.report.page import render_html
 
     model = net(BLOCKS * depth, WIDTH * width)
     samples = np.random.default_rng(0).uniform(-1, 1, (32, 32, 32, 3)).astype("float32")
@@ -181,7 +184,11 @@ def grown(depth: int, width: int) -> dict[str, float]:
     with clock("inspect"):
         mobileqat.inspect(content)
     with clock("verify, 8 samples"):
-        mobileqat.verify(quantized, content, samples[:8])
+        parity = mobileqat.verify(quantized, content, samples[:8])
+    with clock("report"):
+        variant = {"layers": plot_data.noise(quantized, samples), "parity": parity.to_dict()}
+        plan, graph = plan_rows(quantized), {"variant": "qat", **plot_data.graph(content)}
+        render_html({"variants": {"qat": variant}, "plan": plan, "graph": graph})
     return clock
 
 

@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import datetime, timezone
 from importlib import metadata
@@ -40,6 +41,7 @@ VARIANTS = {
     "tfmot": "TFMOT",
 }
 CLASSES = 10
+MOST_OPERATORS = 12
 PACKAGES = ("tensorflow", "keras", "tf-keras", "tensorflow-model-optimization", "numpy", "mobileqat")
 
 
@@ -89,9 +91,9 @@ class Worker:
         )
         self.start = self._read()
 
-    def step(self) -> dict:
+    def ask(self, what: str) -> dict:
         assert self.process.stdin
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         return self._read()
 
@@ -113,7 +115,9 @@ def measure(model: str, variants: list[str], options: argparse.Namespace) -> lis
     rounds: dict[str, list[dict]] = {variant: [] for variant in running}
     for _ in range(options.rounds):
         for variant, worker in running.items():
-            rounds[variant].append(worker.step())
+            rounds[variant].append(worker.ask("round"))
+    for variant, worker in running.items():
+        rows[variant]["operators"] = worker.ask("profile")
     for worker in workers.values():
         worker.close()
     for variant, measured in rounds.items():
@@ -169,7 +173,8 @@ def save(rows: list[dict], options: argparse.Namespace) -> None:
             "| | CPU time | wall time | first trace, s | peak memory, MB |",
             "|---|---|---|---|---|",
         ]
-        for row in (row for row in rows if row["model"] == model):
+        of_model = [row for row in rows if row["model"] == model]
+        for row in of_model:
             name = VARIANTS[row["variant"]]
             if "error" in row:
                 lines.append(f"| {name} | {row['error']} | | | |")
@@ -179,7 +184,22 @@ def save(rows: list[dict], options: argparse.Namespace) -> None:
                 f"| {name} | {row['cpu_ratio']:.2f} ({low:.2f} to {high:.2f}) | {row['wall_ratio']:.2f} "
                 f"| {row['trace_s']:.1f} | {row['memory_mb']:.0f} |"
             )
+        lines += ["", *operator_table(of_model)]
     (HERE / "results" / "step_time.md").write_text("\n".join(lines) + "\n")
+
+
+def operator_table(rows: list[dict]) -> list[str]:
+    """Where a step's time goes: the operators that cost our QAT most, in each variant."""
+    profiles = {row["variant"]: row["operators"] for row in rows if row.get("operators")}
+    if "qat" not in profiles:
+        return []
+    shown = [name for name in ("keras", "qat", "qat-late", "tfmot") if name in profiles]
+    header = ["milliseconds per step", *(VARIANTS[name] for name in shown)]
+    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for kind in profiles["qat"]:
+        cells = [f"{profiles[name][kind]:.1f}" if kind in profiles[name] else "" for name in shown]
+        table.append(f"| {kind} | {' | '.join(cells)} |")
+    return table
 
 
 # ------------------------------------------------------------------ worker
@@ -193,7 +213,10 @@ def work(model: str, variant: str, steps: int) -> None:
         print(json.dumps({"error": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}), flush=True)
         return
     print(json.dumps({"trace_s": seconds}), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        if line.strip() == "profile":
+            print(json.dumps(profile(function, iterator, steps)), flush=True)
+            continue
         cpu, wall = time.process_time(), time.perf_counter()
         for _ in range(steps):
             logs = function(iterator)
@@ -201,6 +224,29 @@ def work(model: str, variant: str, steps: int) -> None:
         row = {"cpu": (time.process_time() - cpu) / steps, "wall": (time.perf_counter() - wall) / steps}
         row["memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         print(json.dumps(row), flush=True)
+
+
+def profile(function, iterator, steps: int) -> dict[str, float]:
+    """Milliseconds per step by type of operator, the most costly first, by TensorFlow's profiler."""
+    import tensorflow as tf
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    with tempfile.TemporaryDirectory() as folder:
+        tf.profiler.experimental.start(folder)
+        for _ in range(steps):
+            float(function(iterator)["loss"])
+        tf.profiler.experimental.stop()
+        space = xplane_pb2.XSpace()
+        space.ParseFromString(next(Path(folder).rglob("*.xplane.pb")).read_bytes())
+    spent: dict[str, float] = {}
+    for plane in space.planes:
+        for line in plane.lines:
+            for event in line.events:
+                # Operators are events called NODE:TYPE; others are of the runtime around them.
+                node, is_operator, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
+                if is_operator and node:
+                    spent[kind] = spent.get(kind, 0.0) + event.duration_ps / 1e9 / steps
+    return dict(sorted(spent.items(), key=lambda row: -row[1])[:MOST_OPERATORS])
 
 
 def trainer(model: str, variant: str):
