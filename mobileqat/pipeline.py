@@ -95,7 +95,7 @@ class Run:
     def __init__(
         self,
         recipe: Recipe,
-        directory: RunDirectory | SharedDirectory,
+        directory: SharedDirectory,
         display: Display | None = None,
         strategy: tf.distribute.Strategy | None = None,
     ):

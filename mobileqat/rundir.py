@@ -35,7 +35,32 @@ UNFINISHED = ".unfinished-"
 FOLDERS = ("models", "steps", "outputs", "checkpoints")
 
 
-class RunDirectory:
+class SharedDirectory:
+    """A run directory as a worker that trains with another process sees it: to be read.
+
+    Args:
+        path: the directory, which that process has made.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def result(self, step: str) -> Any:
+        """The result of a finished step, None when it has not finished or a file that it wrote is gone."""
+        path = self.path / "steps" / f"{step}.json"
+        record = json.loads(path.read_text()) if path.exists() else {"result": None, "files": []}
+        return record["result"] if all((self.path / name).is_file() for name in record["files"]) else None
+
+    def checkpoint(self, step: str) -> Checkpoint:
+        """Where the training of a step keeps its state."""
+        return Checkpoint(self, f"checkpoints/{step}.npz", read_only=True)
+
+    def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
+        """Nothing: the process that owns the directory writes this file."""
+        return self.path / name
+
+
+class RunDirectory(SharedDirectory):
     """Creates or reopens a run directory and locks it.
 
     Args:
@@ -48,7 +73,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path, recipe: str, resume: bool = False):
-        self.path = Path(path)
+        super().__init__(path)
         self._files: list[str] = []
         if resume and not (self.path / "recipe.yaml").is_file():
             raise RunDirectoryError(
@@ -116,12 +141,6 @@ class RunDirectory:
 
     # ------------------------------------------------------------------ journal
 
-    def result(self, step: str) -> Any:
-        """The result of a finished step, None when it has not finished or a file that it wrote is gone."""
-        path = self.path / "steps" / f"{step}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"result": None, "files": []}
-        return record["result"] if all((self.path / name).is_file() for name in record["files"]) else None
-
     def finish(self, step: str, result: Any) -> None:
         """Records a step as finished, with the files written since the one before; `--resume` skips it from now on."""
         self.write_json(f"steps/{step}.json", {"result": result, "files": self._files})
@@ -131,7 +150,6 @@ class RunDirectory:
     # ------------------------------------------------------------------ checkpoints
 
     def checkpoint(self, step: str) -> Checkpoint:
-        """Where the training of a step keeps its state."""
         return Checkpoint(self, f"checkpoints/{step}.npz")
 
     # ------------------------------------------------------------------ artefacts
@@ -152,24 +170,10 @@ class RunDirectory:
         return path
 
 
-class SharedDirectory:
-    """Another process's run directory, as a worker that trains with that process sees it: to be read."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def checkpoint(self, step: str) -> Checkpoint:
-        return Checkpoint(self, f"checkpoints/{step}.npz", read_only=True)
-
-    def write(self, name: str, writer: Callable[[Path], Any]) -> Path:
-        """Nothing: the chief writes this file."""
-        return self.path / name
-
-
 class Checkpoint:
     """One file of arrays in a run directory, replaced whole; `mobileqat.checkpoint` says what is in it."""
 
-    def __init__(self, directory: RunDirectory | SharedDirectory, name: str, read_only: bool = False):
+    def __init__(self, directory: SharedDirectory, name: str, read_only: bool = False):
         self.path = directory.path / name
         self.read_only = read_only
 

@@ -50,7 +50,11 @@ def run(directory, resume=False, distribute="none", workers=(), index=0, seconds
     if seconds is not None:
         Checkpoint.SECONDS = seconds
     overrides = [f"distribute={distribute}", f"seed={seed}", f"float.batch_size={batch_size}"]
-    pipeline.train(parse_recipe(RECIPE, file="together.yaml", overrides=overrides), directory, resume=resume)
+    try:
+        pipeline.train(parse_recipe(RECIPE, file="together.yaml", overrides=overrides), directory, resume=resume)
+    except Exception as error:
+        directory.with_name(f"error{index}.txt").write_text(f"{type(error).__name__}: {error}")
+        raise
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,9 @@ def test_lost_worker(processes, tmp_path, alone):
     for process in started:
         process.join(240)
     assert all(process.exitcode for process in started), "a worker went on without the others"
+    for index in range(2):
+        message = (tmp_path / f"error{index}.txt").read_text()
+        assert message.startswith(f"ClusterError: Worker {index} lost the connection to another worker."), message
     finish(start_workers(processes, directory, 3, resume=True))
     assert_close(weights(directory), alone)
 
@@ -178,3 +185,5 @@ def test_workers_that_start_differently(processes, tmp_path):
     for process in started:
         process.join(300)
     assert all(process.exitcode for process in started)
+    wanted = "ClusterError: Worker 1 has other training labels than worker 0."
+    assert (tmp_path / "error1.txt").read_text().startswith(wanted)
