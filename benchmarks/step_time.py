@@ -244,7 +244,7 @@ def profile(function, iterator, steps: int) -> dict[str, float]:
             for event in line.events:
                 # Operators are events called NODE:TYPE; others are of the runtime around them.
                 node, is_operator, kind = plane.event_metadata[event.metadata_id].name.rpartition(":")
-                if is_operator and node:
+                if is_operator and node and kind.isidentifier() and kind not in ("Run", "Process"):
                     spent[kind] = spent.get(kind, 0.0) + event.duration_ps / 1e9 / steps
     return dict(sorted(spent.items(), key=lambda row: -row[1])[:MOST_OPERATORS])
 

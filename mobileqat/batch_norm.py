@@ -13,16 +13,17 @@ import tensorflow as tf
 SMALLEST_EPSILON = 1.001e-5  # cuDNN refuses less
 
 
-def batch_normalize(layer: keras.layers.BatchNormalization, x, training: bool):
-    """What `layer(x, training=training)` returns and assigns.
+def batch_normalize(layer: keras.layers.BatchNormalization, x, training: bool, frozen: bool = False):
+    """What `layer(x, training=training and not frozen)` returns and assigns.
 
     Args:
         layer: a built BatchNormalization.
         x: its input, of any rank.
         training: normalizes by the batch's statistics and moves the moving ones, unless the layer is not trainable.
+        frozen: normalizes by the moving statistics, in a training step.
     """
     if not (training and layer.trainable and _fits(layer, x)):
-        return layer(x, training=training)
+        return layer(x, training=training and not frozen)
     channels = x.shape[-1]
     ones, zeros = tf.ones([channels]), tf.zeros([channels])
     real = tf.cast(x, tf.float32)
@@ -30,17 +31,20 @@ def batch_normalize(layer: keras.layers.BatchNormalization, x, training: bool):
         x=real if len(x.shape) == 4 else tf.reshape(real, [-1, 1, 1, channels]),
         scale=tf.convert_to_tensor(layer.gamma) if layer.scale else ones,
         offset=tf.convert_to_tensor(layer.beta) if layer.center else zeros,
-        mean=zeros,
-        variance=zeros,
+        mean=tf.convert_to_tensor(layer.moving_mean) if frozen else zeros,
+        variance=tf.convert_to_tensor(layer.moving_variance) if frozen else zeros,
         epsilon=layer.epsilon,
-        is_training=True,
+        is_training=not frozen,
     )
+    y = tf.cast(y if len(x.shape) == 4 else tf.reshape(y, tf.shape(x)), layer.compute_dtype)
+    if frozen:
+        return y
     # The kernel returns the unbiased variance; Keras averages the biased one.
     count = tf.cast(tf.size(real), tf.float32) / channels
     variance *= tf.maximum(count - 1.0, 1.0) / count
     for moving, batch in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
         moving.assign(moving * layer.momentum + tf.stop_gradient(batch) * (1.0 - layer.momentum))
-    return tf.cast(y if len(x.shape) == 4 else tf.reshape(y, tf.shape(x)), layer.compute_dtype)
+    return y
 
 
 def _fits(layer, x) -> bool:

@@ -137,6 +137,21 @@ def round_weights(scaled, spec: QuantSpec):
     return tf.clip_by_value(tf.round(scaled), spec.qmin, spec.qmax)
 
 
+def _fake_quantize_rectified(x, high, bits: int):
+    """x snapped to the grid of [0, high]; its gradient passes in 0 < x <= high, as behind a ReLU."""
+
+    @tf.custom_gradient
+    def quantize(x, high):
+        def gradient(upstream):
+            # ReLU6's gradient is a mask in one pass over x. A hair below 6, so that `high` itself passes.
+            features = x * (6.0 * (1.0 - 2e-7) / high)
+            return tf.raw_ops.Relu6Grad(gradients=upstream, features=features), None
+
+        return tf.quantization.fake_quant_with_min_max_vars(x, 0.0, high, num_bits=bits), gradient
+
+    return quantize(x, high)
+
+
 def _range_of_all_replicas(batch):
     """The range of the whole batch, float32 [2], where several replicas have parts of it; the same on each."""
     replica = tf.distribute.get_replica_context()
@@ -274,8 +289,11 @@ class FakeQuantize(keras.layers.Layer):
 
     def observe(self, x, member: str, ema_decay: float | None = None) -> None:
         """Moves a member's range towards the range of this batch, by the layer's `ema_decay` or another."""
+        self._move(tf.reduce_min(x), tf.reduce_max(x), member, ema_decay)
+
+    def _move(self, low, high, member: str, ema_decay: float | None = None) -> None:
         row = self.members.index(member)
-        batch = _range_of_all_replicas(tf.stack([tf.reduce_min(x), tf.reduce_max(x)]))
+        batch = _range_of_all_replicas(tf.stack([low, high]))
         decay = self.ema_decay if ema_decay is None else ema_decay
         if len(self.members) == 1:
             self.range_sum.assign(self.range_sum * decay + (1.0 - decay) * batch)
@@ -294,6 +312,25 @@ class FakeQuantize(keras.layers.Layer):
         if not training:
             return self.snap(x, *self.inference_parameters())
         return self._train(x) if self.quantizing else x
+
+    def rectifies(self, ceiling: float) -> bool:
+        """Whether the grid clips at 0 and not beyond `ceiling`, so that `rectify` can stand for a ReLU and `call`."""
+        is_plain = self.quantizing and self.estimator == "clipped" and not self.spec.symmetric
+        if not (is_plain and self.is_learned and not self.learns_range and len(self.members) == 1):
+            return False
+        with tf.init_scope():
+            low, high = (float(bound) for bound in self.bounds())
+        return low == 0.0 and high <= ceiling  # of what a ReLU gives, always; of ranges that were set, perhaps not
+
+    def rectify(self, x, member: str, ceiling: float):
+        """What `call` gives for min(max(x, 0), ceiling) in training, in half the passes over the activations.
+
+        To be asked only where `rectifies(ceiling)`, in the step that is traced.
+        """
+        if self.trainable and self.observing:
+            self._move(tf.constant(0.0), tf.clip_by_value(tf.reduce_max(x), 0.0, ceiling), member)
+        scale, _ = self.parameters() if self.observing else self._constants()
+        return _fake_quantize_rectified(x, scale * float(self.spec.qmax - self.spec.qmin), self.spec.bits)
 
     def _train(self, x):
         is_frozen = not self.observing and not self.learns_range

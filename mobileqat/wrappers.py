@@ -34,6 +34,9 @@ from mobileqat.schemes import QuantSpec
 KERNELS = {8: kernels.KERNELS, 16: kernels16.KERNELS}  # by bits of the activations
 
 
+CEILINGS = {"RELU": float("inf"), "RELU6": 6.0}  # where the fused activations end
+
+
 def as_float32(x):
     """Real values in float32; whole numbers as they are."""
     x = tf.convert_to_tensor(x)
@@ -111,6 +114,9 @@ class QuantizeWrapper(keras.layers.Layer):
         is_constant = self.operator.kind == CONSTANT
         if self.operator.quantized and not training and not is_constant:
             return self._infer(tf.nest.flatten(inputs))
+        if training and self._rectifies(training):
+            x = as_float32(self.linear_call(inputs, training, quantized=True))
+            return self.output_quantizer.rectify(x, self.member, CEILINGS[self.operator.fused_activation])
         x = as_float32(self.float_call(inputs, training, quantized=self.operator.quantized and self.quantizing))
         if self._quantizes_output(training):
             # The range of a constant is what it holds now, not what it held on average.
@@ -136,6 +142,14 @@ class QuantizeWrapper(keras.layers.Layer):
         # Probabilities that leave the model go into a loss: rounded to 0 they would give log(0) and no gradient.
         return self.rounds and not (training and self.is_output and self.rule.output is Output.FIXED)
 
+    def _rectifies(self, training) -> bool:
+        """Whether the output's grid, which clips anyway, does the work of the fused ReLU."""
+        is_rectified = self.activation is not None and self.operator.fused_activation in CEILINGS
+        if self.output_quantizer is None or not (is_rectified and self.operator.quantized and self.quantizing):
+            return False
+        ceiling = CEILINGS[self.operator.fused_activation]
+        return self._quantizes_output(training) and self.output_quantizer.rectifies(ceiling)
+
     def float_call(self, inputs, training=None, quantized=False):
         """The float layers, their kernel fake-quantized if asked for; no activation is quantized."""
         x = self.linear_call(inputs, training, quantized)
@@ -145,7 +159,7 @@ class QuantizeWrapper(keras.layers.Layer):
         """`float_call` without the fused ReLU."""
         x = self._call_layer(inputs, training, self.weight_spec if quantized else None)
         if self.batch_norm is not None:
-            x = batch_normalize(self.batch_norm, x, bool(training) and not self.batch_norm_frozen)
+            x = batch_normalize(self.batch_norm, x, bool(training), self.batch_norm_frozen)
         return x
 
     def _call_layer(self, inputs, training, spec: QuantSpec | None):

@@ -171,6 +171,35 @@ def test_a_frozen_range_is_a_constant_of_the_step(observing):
     np.testing.assert_array_equal(step(values), layer(values, member="x", training=True))
 
 
+@pytest.mark.parametrize("observing", [True, False])
+@pytest.mark.parametrize("ceiling", [6.0, float("inf")])
+def test_a_grid_that_begins_at_zero_stands_for_the_relu(ceiling, observing):
+    plain, short = calibrated(0.0, 5.5), calibrated(0.0, 5.5)
+    plain.observing = short.observing = observing
+    assert short.rectifies(ceiling)
+    x = tf.constant(np.random.default_rng(0).uniform(-8, 8, (50, 40)).astype(np.float32))
+    upstream = tf.random.stateless_normal(x.shape, [0, 0])
+    results = []
+    for _ in range(2):  # the second time with ranges that have moved
+        for step in (
+            lambda x: plain(tf.minimum(tf.nn.relu(x), ceiling), member="x", training=True),
+            lambda x: short.rectify(x, "x", ceiling),
+        ):
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                y = step(x)
+            results.append((y.numpy(), tape.gradient(y, x, upstream).numpy()))
+        np.testing.assert_array_equal(plain.ranges(), short.ranges())
+    for (y, gradient), (short_y, short_gradient) in (results[:2], results[2:]):
+        np.testing.assert_array_equal(short_y, y)
+        np.testing.assert_array_equal(short_gradient, gradient)
+
+
+@pytest.mark.parametrize("ends", [(-0.5, 3.0), (0.0, 6.5)])
+def test_another_grid_does_not_stand_for_a_relu6(ends):
+    assert not calibrated(*ends).rectifies(6.0)
+
+
 @pytest.mark.parametrize("training, observing", [(False, True), (None, True), (True, False)])
 def test_ranges_that_do_not_move(training, observing):
     layer = calibrated()
