@@ -699,10 +699,12 @@ def test_all_problems_of_a_recipe_at_once(project):
 
 
 def test_train_names_the_step_that_failed(project):
-    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.name=tiny_model:absent")
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.args={absent: 1}")
     assert message == (
-        "Error: Model function 'tiny_model:absent' cannot be imported: module 'tiny_model' has no attribute 'absent'.\n"
-        "Step 'float' did not finish. What came before it is kept in 'out': --resume goes on.\n"
+        "Error: Model 'tiny_model:build' does not take these arguments: got an unexpected keyword argument 'absent'. "
+        "It takes: input_shape, classes, wait.\n"
+        "Step 'float' did not finish. What came before it is kept. To go on: mobileqat train out/recipe.yaml --out out "
+        "--resume\n"
     )
     assert not list((project / "out" / "models").iterdir())
     assert "absent" in (project / "out" / "run.log").read_text()
@@ -764,7 +766,8 @@ def test_ctrl_c_and_a_second_run_at_once(project, number):
             process.kill()
     assert process.returncode == 1
     assert errors == (
-        "Error: Interrupted.\nStep 'float' did not finish. What came before it is kept in 'out': --resume goes on.\n"
+        "Error: Interrupted.\nStep 'float' did not finish. What came before it is kept. To go on: mobileqat train "
+        "out/recipe.yaml --out out --resume\n"
     )
     assert [line.split()[:2] for line in output.splitlines()[1:]] == [["data", "done"], ["float", "failed"]]
     left = {path.relative_to(project / "out").as_posix() for path in (project / "out").rglob("*") if path.is_file()}
