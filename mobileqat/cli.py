@@ -323,7 +323,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, as_json: bool) -> No
         write_html(results, output)
     else:
         write_report(results, run_dirs[0])
-    _show_report(run_dirs[0], as_json)
+    _show_report(run_dirs[0], as_json, output)
 
 
 def _compare_runs(run_dirs: Sequence[Path], output: Path, as_json: bool) -> None:
@@ -356,7 +356,7 @@ def _read_report(run_dir: Path) -> dict:
     return results
 
 
-def _show_report(run_dir: Path, as_json: bool) -> None:
+def _show_report(run_dir: Path, as_json: bool, page: Path | None = None) -> None:
     results = _read_report(run_dir)
     if as_json:
         _print_json(results)
@@ -367,7 +367,7 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 
     console = Console()
     console.print(console_summary(results))
-    console.print(f"Report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {page or run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @command

@@ -682,7 +682,7 @@ def test_several_runs_are_compared(tmp_path, monkeypatch):
 
 def test_one_run_can_be_shown_elsewhere(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(make_results()))
-    run("report", tmp_path, "-o", tmp_path / "page.html")
+    assert run("report", tmp_path, "-o", tmp_path / "page.html").output.endswith("page.html\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "report.json"]
     run("report", tmp_path)
     assert {"model_card.md", "model_explorer", "report.html"} < {path.name for path in tmp_path.iterdir()}
@@ -696,6 +696,25 @@ def test_all_problems_of_a_recipe_at_once(project):
         assert part in message
     assert "--set nothing: nothing: not an override" in message
     assert not (project / "runs").exists()
+
+
+def test_a_module_that_is_not_there_leaves_no_run(project):
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.name=absent_module:build")
+    assert "No module named 'absent_module'. Modules are looked for in the working directory, " in message
+    assert not (project / "out").exists()
+
+
+def test_data_that_fails_first_leaves_nothing_to_resume(project):
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "data={source: npz, path: absent.npz}")
+    assert message.endswith("No step came before it: start again, also with --out out.\n")
+    run("train", "tiny.yaml", "--out", "out", "--quiet")
+
+
+def test_options_of_the_data(folder):
+    arguments = ("evaluate", folder / "qat.tflite", "--data")
+    assert "'channels'" in error(*arguments, "digits", "--data-option", "channels=1")
+    assert "expects KEY=VALUE" in run(*arguments, "digits", "--data-option", "channels", code=2).stderr
+    assert "cannot be imported" in error(*arguments, "digits", "--module", "absent_module")
 
 
 def test_train_names_the_step_that_failed(project):
