@@ -39,6 +39,7 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print nothing b
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON and nothing else.")
 runtime_option = click.option("--runtime", type=click.Choice(RUNTIMES), default="litert", help="Interpreter.")
 threads_option = click.option("--threads", default=1, type=click.IntRange(1, 64), help="Threads of the interpreter.")
+module_option = click.option("--module", metavar="MODULE", help="Where layers of your own in MODEL are defined.")
 delegate_option = click.option(
     "--delegate", default="xnnpack", metavar="NAME", help="xnnpack, gpu, none or the path of a vendor's (Android)."
 )
@@ -95,7 +96,33 @@ def data_options(required: bool) -> Callable:
         "--data-path", type=click.Path(), metavar="PATH", help="File or folder of image_folder, npz and tfrecord."
     )
     size = click.option("--image-size", nargs=2, type=int, metavar="H W", help="Resize images to this.")
-    return lambda function: source(path(size(function)))
+    more = click.option(
+        "--data-option", multiple=True, metavar="KEY=VALUE", help="As data.options of a recipe, e.g. channels=1."
+    )
+    return lambda function: source(path(size(more(function))))
+
+
+def _data_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """--data-option as what a recipe's `data.options` would hold."""
+    import yaml
+
+    options = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (key and equals) or key in ("source", "path", "image_size"):
+            raise click.UsageError(f"--data-option expects KEY=VALUE, such as channels=1. Received: {pair!r}")
+        try:
+            options[key] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            options[key] = text
+    return options
+
+
+def _know_classes(module: str | None) -> None:
+    """Until the command ends, Keras files may hold layers that a module of the user defines."""
+    from mobileqat import models
+
+    click.get_current_context().with_resource(models.own_classes(module))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -296,7 +323,7 @@ def report(run_dirs: tuple[Path, ...], output: Path | None, as_json: bool) -> No
         write_html(results, output)
     else:
         write_report(results, run_dirs[0])
-    _show_report(run_dirs[0], as_json)
+    _show_report(run_dirs[0], as_json, output)
 
 
 def _compare_runs(run_dirs: Sequence[Path], output: Path, as_json: bool) -> None:
@@ -329,7 +356,7 @@ def _read_report(run_dir: Path) -> dict:
     return results
 
 
-def _show_report(run_dir: Path, as_json: bool) -> None:
+def _show_report(run_dir: Path, as_json: bool, page: Path | None = None) -> None:
     results = _read_report(run_dir)
     if as_json:
         _print_json(results)
@@ -340,13 +367,14 @@ def _show_report(run_dir: Path, as_json: bool) -> None:
 
     console = Console()
     console.print(console_summary(results))
-    console.print(f"Report: {run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"Report: {page or run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 @command
 @click.argument("model", type=EXISTING)
 @click.option("-o", "--output", type=EXISTING, help="File to write.  [default: MODEL with .tflite]")
 @data_options(required=False)
+@module_option
 @click.option("--ranges", type=EXISTING, metavar="FILE", help="Activation ranges that import-keras2 wrote.")
 @click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax")
@@ -361,6 +389,8 @@ def convert(
     source,
     data_path,
     image_size,
+    data_option,
+    module,
     ranges,
     samples,
     method,
@@ -383,10 +413,11 @@ def convert(
         from mobileqat import models, pipeline
     from mobileqat.flatbuffer import inspect as inspect_file
 
+    _know_classes(module)
     loaded = models.load_model(model)
     path = output or model.with_suffix(".tflite")
     _check_output(path, model)
-    dataset = pipeline.load_data(source, data_path, image_size) if source else None
+    dataset = pipeline.load_data(source, data_path, image_size, _data_options(data_option)) if source else None
     content = pipeline.convert_model(loaded, dataset, scheme, method, samples, input_type, output_type, ranges)
     if dataset is not None and metadata:
         content = pipeline.with_metadata(content, dataset, loaded.name)
@@ -525,12 +556,15 @@ def _print_inspection(path: Path, inspection, content: bytes) -> None:
 @command
 @click.argument("files", type=EXISTING, nargs=-1, required=True, metavar="[MODEL] FILE")
 @data_options(required=False)
+@module_option
 @click.option("--samples", default=256, type=click.IntRange(1), help="Test samples; random ones without --data.")
 @targets_option(())
 @delegate_option
 @runtime_option
 @json_option
-def verify(files, source, data_path, image_size, samples, targets, delegate, runtime, as_json) -> None:
+def verify(
+    files, source, data_path, image_size, data_option, module, samples, targets, delegate, runtime, as_json
+) -> None:
     """Compare the quantized Keras MODEL with FILE, in LSBs.
 
     With --target, FILE on that target is compared with FILE on this machine, and MODEL may be left out. The exit code
@@ -546,11 +580,12 @@ def verify(files, source, data_path, image_size, samples, targets, delegate, run
     from mobileqat.bench import measure, show
     from mobileqat.bench.record import Settings
 
+    _know_classes(module)
     *model, file = files
     if len(model) > 1 or not (model or targets):
         raise click.UsageError("Expected the MODEL that FILE was made from and FILE, or FILE and a --target.")
     usable = _usable_targets(targets)
-    dataset = pipeline.load_data(source, data_path, image_size) if source else None
+    dataset = pipeline.load_data(source, data_path, image_size, _data_options(data_option)) if source else None
     result = None
     if model:
         result = pipeline.verify_model(models.load_model(model[0]), file, dataset, samples, runtime)
@@ -593,11 +628,12 @@ def _print_parity(result) -> None:
 @command
 @click.argument("model", type=EXISTING)
 @data_options(required=True)
+@module_option
 @click.option("--limit", type=click.IntRange(1), help="Use only the first test samples.")
 @runtime_option
 @threads_option
 @json_option
-def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_json) -> None:
+def evaluate(model, source, data_path, image_size, data_option, module, limit, runtime, threads, as_json) -> None:
     """Score MODEL on the test split of --data.
 
     MODEL is a .tflite, .keras or .h5 file.
@@ -609,7 +645,8 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
     with _loading():
         from mobileqat import pipeline
 
-    dataset = pipeline.load_data(source, data_path, image_size)
+    dataset = pipeline.load_data(source, data_path, image_size, _data_options(data_option))
+    _know_classes(module)
     result = pipeline.evaluate_file(model, dataset, limit, runtime, threads)
     if as_json:
         _print_json(result)
@@ -622,13 +659,16 @@ def evaluate(model, source, data_path, image_size, limit, runtime, threads, as_j
 @command
 @click.argument("model", type=EXISTING)
 @data_options(required=True)
+@module_option
 @click.option("--scheme", default="w8a8", help="For a float MODEL.")
 @click.option("--method", type=click.Choice(("minmax", "percentile", "mse")), default="minmax", help="Likewise.")
 @click.option("--samples", default=512, type=click.IntRange(1), help="Training samples for calibration, likewise.")
 @click.option("--limit", default=512, type=click.IntRange(1), help="Validation samples to run on.")
 @click.option("--out", type=EXISTING, help="Folder for analysis.json and charts.")
 @json_option
-def analyze(model, source, data_path, image_size, scheme, method, samples, limit, out, as_json) -> None:
+def analyze(
+    model, source, data_path, image_size, data_option, module, scheme, method, samples, limit, out, as_json
+) -> None:
     """Say what quantization costs in MODEL, layer by layer.
 
     SQNR is the power of a layer's float outputs over that of the error that rounding makes, with float values as its
@@ -643,7 +683,8 @@ def analyze(model, source, data_path, image_size, scheme, method, samples, limit
         from mobileqat import models, pipeline
     from mobileqat.report.layers import print_analysis, write_analysis
 
-    dataset = pipeline.load_data(source, data_path, image_size)
+    dataset = pipeline.load_data(source, data_path, image_size, _data_options(data_option))
+    _know_classes(module)
     result = pipeline.analyze_model(models.load_model(model), dataset, scheme, method, samples, limit).to_dict()
     if out is not None:
         write_analysis(result, out)
@@ -658,6 +699,7 @@ def analyze(model, source, data_path, image_size, scheme, method, samples, limit
 @command
 @click.argument("model", type=EXISTING)
 @data_options(required=True)
+@module_option
 @click.option("--budget", required=True, metavar="LIMIT", help="size=60kB, size=60%, cost=0.5ms or cost=80%.")
 @click.option("--scheme", "schemes", multiple=True, default=("w8a8", "w4a8"), help="To choose from; the first counts.")
 @click.option("--with-float", is_flag=True, help="Let layers stay in float.")
@@ -665,7 +707,21 @@ def analyze(model, source, data_path, image_size, scheme, method, samples, limit
 @click.option("--limit", default=512, type=click.IntRange(1), help="Validation samples for the search.")
 @click.option("-o", "--output", type=EXISTING, help="Recipe to write.  [default: MODEL-mixed.yaml]")
 @json_option
-def search(model, source, data_path, image_size, budget, schemes, with_float, samples, limit, output, as_json) -> None:
+def search(
+    model,
+    source,
+    data_path,
+    image_size,
+    data_option,
+    module,
+    budget,
+    schemes,
+    with_float,
+    samples,
+    limit,
+    output,
+    as_json,
+) -> None:
     """Find the bits of each layer's weights under a budget.
 
     MODEL is a float model. The result is a recipe for train. A share of a budget counts from the first scheme in all
@@ -683,7 +739,13 @@ def search(model, source, data_path, image_size, budget, schemes, with_float, sa
 
     path = output or model.with_name(f"{model.stem}-mixed.yaml")
     _check_output(path, model)
-    data = {"source": source, "path": data_path, "image_size": list(image_size) if image_size else None}
+    data = {
+        "source": source,
+        "path": data_path,
+        "image_size": list(image_size) if image_size else None,
+        "options": _data_options(data_option),
+    }
+    _know_classes(module)
     recipe, found = pipeline.search_model(model, data, schemes, parse_budget(budget), samples, limit, with_float)
     pipeline.write_whole(path, lambda temporary: temporary.write_text(dump_recipe(recipe)))
     if as_json:

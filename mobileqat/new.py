@@ -6,8 +6,10 @@ a valid recipe by construction.
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ from mobileqat.recipe import (
 LINE = 100
 RESIZING = ("image_folder", "trashnet")  # sources that take an image size
 MODEL_SUFFIXES = (".keras", ".h5", ".hdf5")
+_LARGEST_CONFIG = 64 * 2**20  # bytes; more is no model's configuration
 
 # What a reader may want next, as comments with their defaults.
 _SUGGESTED = {
@@ -52,6 +55,7 @@ class Answers:
         scheme: bits of weights and activations.
         float_epochs: of training before quantization; 0 for a model that is trained already.
         qat_epochs: of fine-tuning; 0 stops at PTQ.
+        channels: of the images, where the model's file says that they are not RGB.
     """
 
     source: str
@@ -61,6 +65,7 @@ class Answers:
     scheme: str
     float_epochs: int
     qat_epochs: int
+    channels: int | None = None
 
     @property
     def is_file(self) -> bool:
@@ -78,6 +83,20 @@ class Answers:
 def is_model_file(model: str) -> bool:
     """Whether the answer names a Keras file."""
     return model.endswith(MODEL_SUFFIXES)
+
+
+def image_input(model: str) -> tuple[int | None, int | None, int] | None:
+    """(height, width, channels) that a `.keras` file's only input has, read without Keras; None where none is found."""
+    try:
+        with zipfile.ZipFile(model) as archive, archive.open("config.json") as file:
+            config = json.loads(file.read(_LARGEST_CONFIG))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
+    layers = (config.get("config") or {}).get("layers") or [] if isinstance(config, dict) else []
+    shapes = [layer["config"].get("batch_shape") for layer in layers if layer.get("class_name") == "InputLayer"]
+    if len(shapes) != 1 or not isinstance(shapes[0], list) or len(shapes[0]) != 4:
+        return None
+    return tuple(shapes[0][1:])
 
 
 def recognize_source(answer: str) -> tuple[str, str | None]:
@@ -170,19 +189,21 @@ def collect(ask: Ask, data_path: str | None = None) -> Answers:
     source, path = ask(
         "--data", "Data: a folder of images, an .npz file, a source or module:function", read_source, None
     )
-    image_size = None
-    if source in RESIZING:
-        question = "Resize images to height and width in pixels (keep: they are all of one size)"
-        image_size = ask("--image-size", question, read_image_size, "96 96")
     model = ask(
         "--model", "Model: a reference model, module:function, or a .keras or .h5 file", check_model, "mobilenet_v2"
     )
+    image_size = channels = None
+    if source in RESIZING:
+        height, width, found = (image_input(model) if is_model_file(model) else None) or (None, None, 3)
+        channels = 1 if source == "image_folder" and found == 1 else None
+        question = "Resize images to height and width in pixels (keep: they are all of one size)"
+        image_size = ask("--image-size", question, read_image_size, f"{height or 96} {width or 96}")
     scheme = ask("--scheme", "Scheme: bits of weights (w) and activations (a)", read_scheme, "w8a8")
     is_reference = model in get_args(ReferenceModel)
     question = "Epochs of float training" if is_reference else "Epochs of float training (0: it is trained)"
     float_epochs = ask("--float-epochs", question, read_epochs, "20" if is_reference else "0")
     qat_epochs = ask("--qat-epochs", "Epochs of quantization-aware fine-tuning (0: only PTQ)", read_epochs, "5")
-    return Answers(source, path, image_size, model, scheme, float_epochs, qat_epochs)
+    return Answers(source, path, image_size, model, scheme, float_epochs, qat_epochs, channels)
 
 
 def write_recipe(answers: Answers, file: str) -> str:
@@ -214,6 +235,8 @@ def _body(answers: Answers) -> Iterator[str]:
         data["path"] = answers.path
     if answers.image_size is not None:
         data["image_size"] = list(answers.image_size)
+    if answers.channels is not None:
+        data["options"] = {"channels": answers.channels}
     yield from _section("data", data)
     yield from _section("model", {"weights": answers.model} if answers.is_file else {"name": answers.model})
     if ":" in answers.model and not answers.is_file:
@@ -249,4 +272,6 @@ def _line(text: str, meaning: str) -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {dump_value(each)}' for key, each in value.items())}}}"
     return f"[{', '.join(map(dump_value, value))}]" if isinstance(value, list) else dump_value(value)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -320,12 +321,26 @@ def _check_fits(model: keras.Model, data: Dataset) -> None:
     sample, classes = data.train.x.shape[1:], len(data.class_names)
     is_open = len(inputs) == 1 and len(inputs[0]) == len(sample) + 1
     if not is_open or any(size not in (None, given) for size, given in zip(inputs[0][1:], sample, strict=True)):
-        raise ModelError(f"Model '{model.name}' takes inputs of shape {inputs}. The data's samples are {sample}.")
+        remedy = _remedy(inputs, sample)
+        raise ModelError(
+            f"Model '{model.name}' takes inputs of shape {inputs}. The data's samples are {sample}.{remedy}"
+        )
     if outputs != [(None, classes)]:
         raise ModelError(
             f"Model '{model.name}' has outputs of shape {outputs}. The data has {classes} classes: expected one output "
             f"of shape (None, {classes})."
         )
+
+
+def _remedy(inputs: Sequence[tuple], sample: tuple[int, ...]) -> str:
+    """How images become what a model takes; nothing where it takes no image."""
+    if len(inputs) != 1 or len(inputs[0]) != 4 or len(sample) != 3 or inputs[0][3] not in (1, 3):
+        return ""
+    _, height, width, channels = inputs[0]
+    remedies = [f"data.options: {{channels: {channels}}}"] if channels != sample[2] else []
+    if None not in (height, width) and (height, width) != sample[:2]:
+        remedies.append(f"data.image_size: [{height}, {width}]")
+    return f" Image folders and TFRecord files are read as that with {' and '.join(remedies)}."
 
 
 def _ptq(run: Run) -> dict:
@@ -580,12 +595,19 @@ def train(recipe: Recipe, directory: Path, *, resume: bool = False, display: Dis
         tf.config.experimental.enable_op_determinism()
     strategy = make_strategy(recipe.distribute)
     if worker_index(strategy):
-        _take_part(Run(recipe, SharedDirectory(directory), None, strategy))
+        with models.own_classes(recipe.model.name):
+            _take_part(Run(recipe, SharedDirectory(directory), None, strategy))
         return {}
-    run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display, strategy)
+    # A resumed run reads models with layers of the user's without building them; TFMOT's are built in another process.
+    with models.own_classes(recipe.model.name if recipe.engine == "native" else None):
+        run = Run(recipe, RunDirectory(directory, dump_recipe(recipe), resume), display, strategy)
+        return _run_steps(run)
+
+
+def _run_steps(run: Run) -> dict:
     try:
         run.directory.write_json("environment.json", environment() | {"packages": installed_packages()})
-        for name, step in ENGINES[recipe.engine].items():
+        for name, step in ENGINES[run.recipe.engine].items():
             _run_step(run, name, step)
         results = write_report(run)
     except BaseException:
@@ -632,8 +654,7 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         message = str(error) or type(error).__name__
         run.end_step(name, "failed", time.perf_counter() - started, message=message)
-        note = f"Step '{name}' did not finish. What came before it is kept in '{run.directory.path}': --resume goes on."
-        error.__notes__ = [*getattr(error, "__notes__", []), note]  # add_note is new in Python 3.11
+        error.__notes__ = [*getattr(error, "__notes__", []), _how_to_go_on(run, name)]  # add_note is new in 3.11
         raise
     seconds = time.perf_counter() - started
     if failures := run.failures[failures_before:]:
@@ -641,6 +662,15 @@ def _run_step(run: Run, name: str, step: Callable[[Run], Any]) -> None:
         return
     run.directory.finish(name, {"seconds": seconds, "result": result})
     run.end_step(name, "skipped" if result is None else "done", seconds, result=result)
+
+
+def _how_to_go_on(run: Run, name: str) -> str:
+    """What is left of a run whose step did not finish; its own recipe.yaml holds every --set."""
+    directory = run.directory.path
+    if len(run.steps) == 1:
+        return f"Step '{name}' did not finish. No step came before it: start again, also with --out {directory}."
+    command = shlex.join(["mobileqat", "train", str(directory / "recipe.yaml"), "--out", str(directory), "--resume"])
+    return f"Step '{name}' did not finish. What came before it is kept. To go on: {command}"
 
 
 def write_report(run: Run) -> dict:
@@ -701,11 +731,16 @@ def environment() -> dict:
 # ------------------------------------------------------------------ single steps, for the other commands
 
 
-def load_data(source: str, path: str | None = None, image_size: tuple[int, int] | None = None) -> Dataset:
+def load_data(
+    source: str,
+    path: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Dataset:
     """A dataset by name, as in a recipe's `data` section."""
     if source in get_args(PathSource) and path is None:
         raise DataError(f"--data {source} reads a file or folder of yours. Say which: --data-path PATH.")
-    return load_dataset(source, path=path, image_size=image_size or None)
+    return load_dataset(source, path=path, image_size=image_size or None, **options or {})
 
 
 def with_metadata(content: bytes, dataset: Dataset, name: str, description: str = "") -> bytes:
@@ -801,7 +836,7 @@ def search_model(
             "quantize": {"scheme": schemes[0]},
         }
     )
-    dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size)
+    dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size, recipe.data.options)
     calibration = calibration_samples(dataset, samples, seed=0)
 
     def quantized(**chosen: Any) -> QuantizedModel:

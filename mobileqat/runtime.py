@@ -371,7 +371,11 @@ def to_raw(array: np.ndarray, details: TensorDetails, quantize: bool) -> np.ndar
     """
     where = f"input '{details.name}'"
     if not details.shape or array.shape[1:] != details.shape[1:] or not array.ndim:
-        raise DataError(f"{where} takes samples of shape {details.shape[1:]}. Received: {array.shape}")
+        hint = ""
+        if len(details.shape) == array.ndim == 4:
+            _, height, width, channels = details.shape
+            hint = f". An image folder is read so with --image-size {height} {width} --data-option channels={channels}"
+        raise DataError(f"{where} takes samples of shape {details.shape[1:]}. Received: {array.shape}{hint}")
     if array.dtype == details.dtype:
         return array
     if not quantize or not np.issubdtype(array.dtype, np.floating):

@@ -682,7 +682,7 @@ def test_several_runs_are_compared(tmp_path, monkeypatch):
 
 def test_one_run_can_be_shown_elsewhere(tmp_path):
     (tmp_path / "report.json").write_text(json.dumps(make_results()))
-    run("report", tmp_path, "-o", tmp_path / "page.html")
+    assert run("report", tmp_path, "-o", tmp_path / "page.html").output.endswith("page.html\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "report.json"]
     run("report", tmp_path)
     assert {"model_card.md", "model_explorer", "report.html"} < {path.name for path in tmp_path.iterdir()}
@@ -698,11 +698,32 @@ def test_all_problems_of_a_recipe_at_once(project):
     assert not (project / "runs").exists()
 
 
+def test_a_module_that_is_not_there_leaves_no_run(project):
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.name=absent_module:build")
+    assert "No module named 'absent_module'. Modules are looked for in the working directory, " in message
+    assert not (project / "out").exists()
+
+
+def test_data_that_fails_first_leaves_nothing_to_resume(project):
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "data={source: npz, path: absent.npz}")
+    assert message.endswith("No step came before it: start again, also with --out out.\n")
+    run("train", "tiny.yaml", "--out", "out", "--quiet")
+
+
+def test_options_of_the_data(folder):
+    arguments = ("evaluate", folder / "qat.tflite", "--data")
+    assert "'channels'" in error(*arguments, "digits", "--data-option", "channels=1")
+    assert "expects KEY=VALUE" in run(*arguments, "digits", "--data-option", "channels", code=2).stderr
+    assert "cannot be imported" in error(*arguments, "digits", "--module", "absent_module")
+
+
 def test_train_names_the_step_that_failed(project):
-    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.name=tiny_model:absent")
+    message = error("train", "tiny.yaml", "--out", "out", "--set", "model.args={absent: 1}")
     assert message == (
-        "Error: Model function 'tiny_model:absent' cannot be imported: module 'tiny_model' has no attribute 'absent'.\n"
-        "Step 'float' did not finish. What came before it is kept in 'out': --resume goes on.\n"
+        "Error: Model 'tiny_model:build' does not take these arguments: got an unexpected keyword argument 'absent'. "
+        "It takes: input_shape, classes, wait.\n"
+        "Step 'float' did not finish. What came before it is kept. To go on: mobileqat train out/recipe.yaml --out out "
+        "--resume\n"
     )
     assert not list((project / "out" / "models").iterdir())
     assert "absent" in (project / "out" / "run.log").read_text()
@@ -764,7 +785,8 @@ def test_ctrl_c_and_a_second_run_at_once(project, number):
             process.kill()
     assert process.returncode == 1
     assert errors == (
-        "Error: Interrupted.\nStep 'float' did not finish. What came before it is kept in 'out': --resume goes on.\n"
+        "Error: Interrupted.\nStep 'float' did not finish. What came before it is kept. To go on: mobileqat train "
+        "out/recipe.yaml --out out --resume\n"
     )
     assert [line.split()[:2] for line in output.splitlines()[1:]] == [["data", "done"], ["float", "failed"]]
     left = {path.relative_to(project / "out").as_posix() for path in (project / "out").rglob("*") if path.is_file()}

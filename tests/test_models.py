@@ -1,5 +1,6 @@
 """Reference models, a user's own functions, and files that do not load."""
 
+import importlib
 import sys
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from mobileqat.errors import ModelError
-from mobileqat.models import MODELS, build_model, check_finite_weights, load_model
+from mobileqat.models import MODELS, build_model, check_finite_weights, load_model, own_classes
 from mobileqat.quantize import quantize_model
 
 
@@ -173,3 +174,39 @@ def test_quantized_models_load(tmp_path):
     quantized = quantize_model(tiny())
     quantized.save(tmp_path / "q.keras")
     assert load_model(tmp_path / "q.keras").plan == quantized.plan
+
+
+OWN_LAYER = """
+import keras
+
+
+class Twice(keras.layers.Layer):
+    def call(self, x):
+        return x * 2.0
+
+
+def build():
+    return keras.Sequential([keras.Input((4,)), Twice(), keras.layers.Dense(2)])
+"""
+
+
+def test_layers_of_the_user_are_found_in_their_module(tmp_path, monkeypatch):
+    (tmp_path / "own_layers.py").write_text(OWN_LAYER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = importlib.import_module("own_layers").build()
+    model.save("float.keras")
+    quantize_model(model).save("quantized.keras")
+    for name in ("float.keras", "quantized.keras"):
+        with pytest.raises(ModelError, match=r"holds 'Twice', which is not Keras's own\. Name the module"):
+            load_model(name)
+    for module in ("own_layers", "own_layers:build"):
+        with own_classes(module):
+            assert isinstance(load_model("float.keras").layers[0], sys.modules["own_layers"].Twice)
+            load_model("quantized.keras")
+    with pytest.raises(ModelError, match="'Twice'"):
+        load_model("float.keras")
+    with pytest.raises(ModelError, match="'absent_module' cannot be imported"), own_classes("absent_module"):
+        pass
+    with own_classes(None), own_classes("dscnn"):
+        pass

@@ -3,6 +3,8 @@
 import json
 import re
 import sys
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,8 +78,8 @@ def test_an_existing_file_is_kept(folder):
 
 def test_questions_are_asked_again_until_answered(folder):
     answers = [
-        ("Data:", "nowhere\n"), ("Data:", "photos\n"), ("Resize", "big\n"), ("Resize", "8x6\n"),
-        ("Model:", "my_model:build\n"), ("Scheme:", "\n"), ("Epochs of float", "1\n"), ("fine-tuning", "-1\n"),
+        ("Data:", "nowhere\n"), ("Data:", "photos\n"), ("Model:", "my_model:build\n"), ("Resize", "big\n"),
+        ("Resize", "8x6\n"), ("Scheme:", "\n"), ("Epochs of float", "1\n"), ("fine-tuning", "-1\n"),
         ("fine-tuning", "0\n"),
     ]  # fmt: skip
     code, text = in_terminal("new", "mine.yaml", cwd=folder, answers=answers)
@@ -91,9 +93,36 @@ def test_questions_are_asked_again_until_answered(folder):
 
 
 def test_ctrl_c_at_a_question_leaves_no_file(folder):
-    code, text = in_terminal("new", "mine.yaml", cwd=folder, answers=[("Data:", "photos\n"), ("Resize", "\x03")])
+    code, text = in_terminal(
+        "new", "mine.yaml", cwd=folder, answers=[("Data:", "photos\n"), ("[mobilenet_v2]: ", "\x03")]
+    )
     assert code == 1 and "Aborted!" in text and "Traceback" not in text
     assert not (folder / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "options"),
+    [
+        ([None, 24, 32, 1], (24, 32), {"channels": 1}),
+        ([None, 24, 32, 3], (24, 32), {}),
+        ([None, None, None, 3], (96, 96), {}),
+        ([None, 64, 1], (96, 96), {}),
+    ],
+)
+def test_a_keras_file_says_what_images_it_takes(folder, shape, size, options):
+    layers = [{"class_name": "InputLayer", "config": {"batch_shape": shape}}, {"class_name": "Dense", "config": {}}]
+    with zipfile.ZipFile("mine.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"config": {"layers": layers}}))
+    run("new", "mine.yaml", "--data", "photos", "--model", "mine.keras")
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.data.image_size, recipe.data.options) == (size, options)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
+def test_what_a_keras_file_does_not_say_has_a_default(folder, content):
+    Path("mine.keras").write_bytes(content)
+    run("new", "mine.yaml", "--data", "photos", "--model", "mine.keras")
+    assert load_recipe("mine.yaml").data.image_size == (96, 96)
 
 
 @pytest.mark.parametrize("path", ["my photos", "a: b #c", "- x", "'", '"', "null", "1e3", "é", "{a}", "%x", "a\\b"])

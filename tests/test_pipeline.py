@@ -340,7 +340,8 @@ def test_an_interrupted_run_resumes_to_the_same_files(small_run, tmp_path):
     with pytest.raises(KeyboardInterrupt) as raised:
         pipeline.train(recipe, directory, display=interrupted)
     assert raised.value.__notes__ == [
-        f"Step 'qat' did not finish. What came before it is kept in '{directory}': --resume goes on."
+        "Step 'qat' did not finish. What came before it is kept. To go on: mobileqat train "
+        f"{directory}/recipe.yaml --out {directory} --resume"
     ]
     assert interrupted.ended == {"data": "done", "float": "done", "ptq": "done", "qat": "failed"}
     partial = json.loads((directory / "report.json").read_text())
@@ -471,6 +472,18 @@ def dead_layer(input_shape, classes):
     bias = keras.initializers.Constant(-1e6)
     x = keras.layers.Conv2D(4, 3, activation="relu", bias_initializer=bias, name="dead")(image)
     return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(x)))
+
+
+class Doubled(keras.layers.Layer):
+    """Not registered with Keras, as most layers of users are."""
+
+    def call(self, x):
+        return x * 2.0
+
+
+def own_layer(input_shape, classes):
+    layers = keras.layers
+    return keras.Sequential([keras.Input(input_shape), layers.Flatten(), Doubled(), layers.Dense(classes)])
 
 
 def bad_data():
@@ -632,6 +645,23 @@ def test_models_whose_shapes_the_data_tells(tmp_path, model):
 
 
 # ------------------------------------------------------------------ the shipped recipes
+
+
+def test_a_layer_of_the_user_goes_through_a_run_and_its_resumption(tmp_path):
+    recipe = tiny("model.name=test_pipeline:own_layer", "qat.enabled=true", "qat.epochs=1")
+    pipeline.train(recipe, tmp_path)
+    (tmp_path / "models" / "qat.keras").unlink()
+    resumed = Recorder()
+    pipeline.train(recipe, tmp_path, resume=True, display=resumed)
+    assert (resumed.ended["float"], resumed.ended["qat"]) == ("resumed", "done")
+
+
+def test_a_model_that_takes_grey_images_says_how_to_read_them():
+    assert pipeline._remedy([(None, 32, 32, 1)], (96, 96, 3)) == (
+        " Image folders and TFRecord files are read as that with data.options: {channels: 1} and data.image_size: "
+        "[32, 32]."
+    )
+    assert pipeline._remedy([(None, 64, 1)], (32, 1)) == pipeline._remedy([(None, 8, 8, 16)], (8, 8, 3)) == ""
 
 
 def run_recipe(name: str, directory: Path, *overrides: str) -> dict:

@@ -188,6 +188,25 @@ def test_reasons_state_the_standard_error_and_the_losses() -> None:
     assert decide_shares(0.8719, 0.8688, 0.873)["reasons"][1].endswith("is within one standard error.")
 
 
+def test_reasons_say_when_the_float_model_has_learned_nothing() -> None:
+    per_class = [{"class": "cat", "accuracy": 1.0, "samples": 30}, {"class": "dog", "accuracy": 0.0, "samples": 20}]
+    variants = make_results()["variants"]
+    for share, is_said in ((0.6, True), (0.62, False)):
+        variants["float"] |= {"accuracy": {"interpreter": share, "samples": 50}, "per_class": per_class}
+        reasons = decide(variants, 0.1)["reasons"]
+        assert (
+            any("no more than the answer 'cat' to every sample would (60.00 %)" in text for text in reasons) == is_said
+        )
+
+
+def test_reasons_say_when_an_integer_file_costs_more_than_float() -> None:
+    variants = make_results()["variants"]
+    file = decide(variants, 0.1)["file"]
+    assert not any("measure on the target" in text for text in decide(variants, 0.1)["reasons"])
+    variants["float"]["size_bytes"] = 10
+    assert any(text.startswith(f"{file} is larger than the float file") for text in decide(variants, 0.1)["reasons"])
+
+
 # --- numbers
 
 

@@ -92,6 +92,8 @@ def test_python_as_a_program(folder, samples, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, cwd="/")
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == expected
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (1, "Use: python run_my_model.py input.npy, or picture.jpg\n")
 
 
 def test_python_is_in_ascii_and_says_what_it_belongs_to(folder):

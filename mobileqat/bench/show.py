@@ -82,6 +82,7 @@ def _files(comparison: Comparison) -> Table:
     write, extra = formats.COSTS[first.unit], _extra_columns(comparison)
     statistics = ("median", "p90", "min") if first.unit == "ms" else ("median",)
     table = _table("file", *statistics, "size", "ratio (range)", *extra)
+    table.padding = (0, 1, 0, 0)  # room for a file's name in 80 columns
     for name, shown in _short_names(comparison.records).items():
         record, ratio = comparison.records[name], comparison.ratios[name]
         costs = [write(getattr(record.cost, statistic)) for statistic in statistics]

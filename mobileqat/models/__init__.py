@@ -11,10 +11,13 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mobileqat.errors import ModelError
@@ -181,17 +184,54 @@ def _reference(name: str) -> Callable[..., Any]:
 
 def _import_function(name: str) -> Callable[..., Any]:
     module_name, _, function_name = name.partition(":")
+    try:
+        function = getattr(_import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(
+            f"Model function '{name}' cannot be imported: {error}. Modules are looked for in the working directory, "
+            f"{os.getcwd()}, and among the installed packages."
+        ) from error
+    if not callable(function):
+        raise ModelError(f"Model function '{name}' is not callable. Received: {type(function).__name__}")
+    return function
+
+
+def _import_module(name: str) -> ModuleType:
     folder = os.getcwd()
     # A user's module beside the recipe is importable, as it is for `python -m`.
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+@contextmanager
+def own_classes(name: str | None) -> Iterator[None]:
+    """Lets Keras find the layers that a module of the user defines or imports, registered or not, while files are read.
+
+    Args:
+        name: a module, or `module:function`; a reference model's name and None have no classes of their own.
+
+    Raises:
+        ModelError: the module, or the function in it, cannot be imported.
+    """
+    import keras
+
+    if name is None or name in MODELS:
+        yield
+        return
+    if ":" in name:
+        _import_function(name)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"Model function '{name}' cannot be imported: {error}.") from error
-    if not callable(function):
-        raise ModelError(f"Model function '{name}' is not callable. Received: {type(function).__name__}")
-    return function
+        module = _import_module(name.partition(":")[0])
+    except ImportError as error:
+        raise ModelError(f"Module '{name}' cannot be imported: {error}.") from error
+    classes = {
+        value.__name__: value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, keras.Layer) and value.__module__.split(".")[0] != "keras"
+    }
+    with keras.saving.custom_object_scope(classes):
+        yield
 
 
 def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None) -> keras.Model:
@@ -232,6 +272,12 @@ def load_model(path: str | Path, build: Callable[[], keras.Model] | None = None)
             raise ModelError(
                 f"'{path}' holds Python code (a Lambda layer or a pickled function), which loading would run. Replace "
                 "it by layers or a registered class, and save the model again."
+            ) from error
+        if unknown := re.search(r"Could not locate (?:class|function) '([^']+)'", str(error)):
+            raise ModelError(
+                f"'{path}' holds '{unknown[1]}', which is not Keras's own. Name the module that defines it: in a "
+                "recipe by model.name: module:function, for a command by --module MODULE, in Python by importing it. "
+                "If it is not found there, put @keras.saving.register_keras_serializable() above its definition."
             ) from error
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         reason = " ".join(lines[:3])[:500]

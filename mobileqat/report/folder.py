@@ -18,7 +18,7 @@ def write_report(results: Mapping[str, Any], folder: str | Path) -> Path:
     folder = Path(folder)
     page = write_html(results, folder / "report.html")
     if lookup(results, "verdict", "ship"):
-        write_text(folder / "model_card.md", render_card(results))
+        write_text(folder / "model_card.md", render_card(results).rstrip() + "\n")
         files = node_data(results)
         if files:
             (folder / NODE_DATA).mkdir(exist_ok=True)

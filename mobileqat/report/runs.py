@@ -29,6 +29,8 @@ from mobileqat.report.results import (
 )
 
 Results = Mapping[str, Any]
+_NUMBER_WIDTH = 12  # characters of a console's column that are not broken
+_RUNS_NAMED = 4  # of a recipe, in a heading
 
 
 def compare(runs: Mapping[str, Results]) -> dict[str, Any]:
@@ -234,14 +236,14 @@ def console_comparison(comparison: Mapping[str, Any]) -> RenderableType:
     table = comparison_table(comparison)
     parts: list[RenderableType] = [Text(comparison["headline"], "bold")]
     for group in comparison["groups"]:
-        shown = RichTable(title=Text(group["label"]), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        rows = [row[1:] for row in table.rows if row[0] == group["label"]]
+        shown = RichTable(title=_title(group), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         shown.add_column("")
-        for column in table.columns[2:]:
-            shown.add_column(Text(column), justify="right", overflow="fold")
-        for row in table.rows:
-            if row[0] == group["label"]:
-                # A number stays beside its unit.
-                shown.add_row(*(Text(cell.replace(" %", "\N{NO-BREAK SPACE}%")) for cell in row[1:]))
+        for place, column in enumerate(table.columns[2:], 1):
+            widest = max(len(row[place]) for row in rows)  # headings give way; a number stays beside its unit
+            shown.add_column(Text(column), justify="right", overflow="fold", min_width=min(widest, _NUMBER_WIDTH))
+        for row in rows:
+            shown.add_row(*map(Text, row))
         parts.append(shown)
     differences = difference_table(comparison)
     if differences:
@@ -252,6 +254,13 @@ def console_comparison(comparison: Mapping[str, Any]) -> RenderableType:
             keys.add_row(*map(Text, row))
         parts.append(keys)
     return Group(*parts, *(Text(note, "yellow") for note in comparison["notes"]))
+
+
+def _title(group: Mapping[str, Any]) -> Text:
+    """A recipe and where its runs lie."""
+    runs = [run["run"] for run in group["runs"]]
+    more = f" and {len(runs) - _RUNS_NAMED} more" if len(runs) > _RUNS_NAMED else ""
+    return Text(f"{group['label']}: {', '.join(runs[:_RUNS_NAMED])}{more}")
 
 
 # ------------------------------------------------------------------ as a chart

@@ -124,8 +124,36 @@ def _reservations(ship: str, variants: Mapping[str, Any]) -> Iterator[str]:
     large = [f"{VARIANTS[n]} {loss:.2f}" for n, loss in losses.items() if loss and loss > NOTABLE_LOSS_POINTS]
     if large:
         yield f"Loses more than {NOTABLE_LOSS_POINTS:.2f} point against float: {', '.join(large)} points."
+    yield from _no_better_than_one_answer(variants.get("float") or {})
+    if ship != "float" and (costs := _costs_more(variants[ship], variants.get("float"))):
+        yield (
+            f"{file_name(ship, variants[ship])} is {costs} than the float file here. It ships as the integer file; "
+            "measure on the target before you decide."
+        )
     if ship != "float" and not variants[ship].get("parity"):
         yield f"{file_name(ship, variants[ship])} was not compared with its simulation."
+
+
+def _no_better_than_one_answer(variant: Mapping[str, Any]) -> Iterator[str]:
+    """A float model that has learned nothing makes every comparison with it empty."""
+    rows, reached = variant.get("per_class") or [], accuracy(variant)
+    samples = sum(row["samples"] for row in rows)
+    if len(rows) < 2 or not samples or reached is None:
+        return
+    largest = max(rows, key=lambda row: row["samples"])
+    share = largest["samples"] / samples
+    if reached <= share:
+        yield (
+            f"The float model reaches {percent(reached)}, no more than the answer '{largest['class']}' to every sample "
+            f"would ({percent(share)}): it has not learned its task, and a comparison with it says nothing."
+        )
+
+
+def _costs_more(shipped: Mapping[str, Any], reference: Mapping[str, Any] | None) -> str:
+    size = ratio(number(shipped, "size_bytes"), number(reference, "size_bytes"))
+    slowdown = next(filter(None, (cost_ratio(shipped, reference, w) for w in cost_places({"": shipped}, "ms"))), None)
+    found = {"larger": size, "slower": slowdown}
+    return " and ".join(word for word, value in found.items() if value is not None and round(value, 2) > 1)
 
 
 def _loss(name: str, variants: Mapping[str, Any]) -> float | None:
