@@ -37,16 +37,17 @@ def make_sure_it_fuses(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_keras(shape, options, monkeypatch):
+def test_as_keras(shape, options, frozen, monkeypatch):
     calls = make_sure_it_fuses(monkeypatch)
     ours, kerass = make(shape, **options), make(shape, **options)
     rng = np.random.default_rng(1)
     x = tf.constant(rng.normal(2, 3, shape), ours.compute_dtype)
     weight = tf.constant(rng.normal(size=shape).astype(np.float32))
-    got = run(ours, lambda x: batch_normalize(ours, x, True), x, weight)
-    expected = run(kerass, lambda x: kerass(x, training=True), x, weight)
+    got = run(ours, lambda x: batch_normalize(ours, x, True, frozen), x, weight)
+    expected = run(kerass, lambda x: kerass(x, training=not frozen), x, weight)
     assert calls
     tolerance = 0.02 if options.get("dtype") else 2e-5
     for a, b in zip(got, expected, strict=True):
