@@ -237,10 +237,14 @@ def in_terminal(*arguments, cwd=None, answers=()) -> tuple[int, str]:
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # for Ctrl+C
     )
     os.close(theirs)
-    received, seen, waiting = b"", 0, list(answers)
+    received, seen, waiting, typed = b"", 0, list(answers), ""
     while True:
+        if typed == "\x03" and not select.select([ours], [], [], 5)[0]:
+            # Python does not see a Ctrl+C that comes between its prompt and its reading; a person presses it again.
+            os.write(ours, b"\x03")
         if not select.select([ours], [], [], 60)[0]:
             child.kill()
+            child.wait()
             raise AssertionError(f"nothing more after {received!r}")
         try:
             part = os.read(ours, 65536)
@@ -251,7 +255,8 @@ def in_terminal(*arguments, cwd=None, answers=()) -> tuple[int, str]:
         received += part
         if waiting and waiting[0][0] in received[seen:].decode(errors="replace"):
             seen = len(received)
-            os.write(ours, waiting.pop(0)[1].encode())
+            typed = waiting.pop(0)[1]
+            os.write(ours, typed.encode())
     os.close(ours)
     return child.wait(timeout=60), received.decode()
 
