@@ -129,11 +129,21 @@ class Clock(dict):
         self[step] = time.process_time() - started
 
 
+def to_bytes(clock: Clock, model, samples):
+    """The quantized model and its file, each step timed."""
+    import mobileqat
+
+    with clock("quantize"):
+        quantized = mobileqat.quantize_model(model)
+    with clock("calibrate"):
+        mobileqat.calibrate(quantized, samples)
+    with clock("convert"):
+        return quantized, mobileqat.convert(quantized)
+
+
 def ours() -> dict[str, float]:
     import keras
     import numpy as np
-
-    import mobileqat
 
     model = keras.applications.MobileNetV2((224, 224, 3), weights=None)
     samples = np.random.default_rng(0).uniform(-1, 1, (32, 224, 224, 3)).astype("float32")
@@ -142,12 +152,7 @@ def ours() -> dict[str, float]:
             layer.momentum = 0.0  # one batch gives the statistics; without them random weights let activations vanish
     model(samples[:8], training=True)
     clock = Clock()
-    with clock("quantize"):
-        quantized = mobileqat.quantize_model(model)
-    with clock("calibrate"):
-        mobileqat.calibrate(quantized, samples)
-    with clock("convert"):
-        mobileqat.convert(quantized)
+    to_bytes(clock, model, samples)
     return clock
 
 
@@ -179,12 +184,7 @@ def grown(depth: int, width: int) -> dict[str, float]:
     model = net(BLOCKS * depth, WIDTH * width)
     samples = np.random.default_rng(0).uniform(-1, 1, (32, 32, 32, 3)).astype("float32")
     clock = Clock()
-    with clock("quantize"):
-        quantized = mobileqat.quantize_model(model)
-    with clock("calibrate"):
-        mobileqat.calibrate(quantized, samples)
-    with clock("convert"):
-        content = mobileqat.convert(quantized)
+    quantized, content = to_bytes(clock, model, samples)
     with clock("inspect"):
         mobileqat.inspect(content)
     with clock("verify, 8 samples"):

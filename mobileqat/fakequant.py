@@ -264,8 +264,10 @@ class FakeQuantize(keras.layers.Layer):
         zero_point = tf.round(float(self.spec.qmin) - quotient(low, scale))
         return scale, tf.clip_by_value(zero_point, float(self.spec.qmin), float(self.spec.qmax))
 
-    def _constants(self):
-        """`parameters` as constants of the step that is traced, in which a frozen range then costs nothing."""
+    def _training_parameters(self):
+        """`parameters`; of a frozen range as constants of the step that is traced, in which it then costs nothing."""
+        if self.observing or self.learns_range:
+            return self.parameters()
         with tf.init_scope():
             values = [ops.convert_to_numpy(value) for value in self.parameters()]
         return tuple(tf.constant(value, tf.float32) for value in values)
@@ -286,6 +288,11 @@ class FakeQuantize(keras.layers.Layer):
         """Scale and zero point as the file stores them."""
         scale, zero_point = (ops.convert_to_numpy(value) for value in self.parameters())
         return np.float32(scale), int(zero_point)
+
+    def ends(self) -> tuple[float, float]:
+        """Real values of the first and the last integer of the grid."""
+        scale, zero_point = self.grid()
+        return float(scale) * (self.spec.qmin - zero_point), float(scale) * (self.spec.qmax - zero_point)
 
     def observe(self, x, member: str, ema_decay: float | None = None) -> None:
         """Moves a member's range towards the range of this batch, by the layer's `ema_decay` or another."""
@@ -329,12 +336,11 @@ class FakeQuantize(keras.layers.Layer):
         """
         if self.trainable and self.observing:
             self._move(tf.constant(0.0), tf.clip_by_value(tf.reduce_max(x), 0.0, ceiling), member)
-        scale, _ = self.parameters() if self.observing else self._constants()
+        scale, _ = self._training_parameters()
         return _fake_quantize_rectified(x, scale * float(self.spec.qmax - self.spec.qmin), self.spec.bits)
 
     def _train(self, x):
-        is_frozen = not self.observing and not self.learns_range
-        scale, zero_point = self._constants() if is_frozen else self.parameters()
+        scale, zero_point = self._training_parameters()
         low, high = self.spec.qmin - zero_point, self.spec.qmax - zero_point
         if self.learns_range:
             count = int(np.prod([size or 1 for size in x.shape[1:]]))

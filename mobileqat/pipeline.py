@@ -414,8 +414,7 @@ def plan_rows(model: QuantizedModel) -> list[dict]:
             continue
         scale, zero_point = quantizer.grid()
         row["scale"], row["zero_point"] = float(scale), zero_point
-        row["minimum"] = float(scale) * (quantizer.spec.qmin - zero_point)
-        row["maximum"] = float(scale) * (quantizer.spec.qmax - zero_point)
+        row["minimum"], row["maximum"] = quantizer.ends()
     return rows
 
 

@@ -68,9 +68,7 @@ class TensorSummaries(keras.callbacks.Callback):
         values = {}
         for name, quantizer in self.watched.quantizers.items():
             if quantizer.is_learned:
-                scale, zero_point = quantizer.grid()
-                values[f"ranges/{name}/low"] = float(scale) * (quantizer.spec.qmin - zero_point)
-                values[f"ranges/{name}/high"] = float(scale) * (quantizer.spec.qmax - zero_point)
+                values[f"ranges/{name}/low"], values[f"ranges/{name}/high"] = quantizer.ends()
         return values
 
 

@@ -450,12 +450,8 @@ class _Recorder(keras.callbacks.Callback):
     def _note_ranges(self, epoch: int) -> None:
         if not isinstance(self.watched, QuantizedModel):
             return
-        spans = {}
-        for name, quantizer in self.watched.quantizers.items():
-            if quantizer.is_learned:  # others never move
-                scale, zero_point = quantizer.grid()
-                ends = quantizer.spec.qmin, quantizer.spec.qmax
-                spans[name] = [float(scale) * (end - zero_point) for end in ends]
+        quantizers = self.watched.quantizers.items()
+        spans = {name: list(quantizer.ends()) for name, quantizer in quantizers if quantizer.is_learned}
         self.ranges.append({"epoch": epoch, "ranges": spans})
 
     def state(self) -> tuple[dict, list[np.ndarray]]:

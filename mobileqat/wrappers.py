@@ -33,7 +33,6 @@ from mobileqat.schemes import QuantSpec
 
 KERNELS = {8: kernels.KERNELS, 16: kernels16.KERNELS}  # by bits of the activations
 
-
 CEILINGS = {"RELU": float("inf"), "RELU6": 6.0}  # where the fused activations end
 
 
