@@ -285,7 +285,7 @@ def ours(net, variant: str, x):
     import mobileqat
     from mobileqat.distillation import distilled
     from mobileqat.recipe import QatTraining
-    from mobileqat.train import freeze
+    from mobileqat.schedule import freeze
 
     quantized = mobileqat.quantize_model(net)
     mobileqat.calibrate(quantized, x)

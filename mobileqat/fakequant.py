@@ -189,7 +189,7 @@ class FakeQuantize(keras.layers.Layer):
         self.fixed = fixed
         self.pinned = pinned
         self.ema_decay = ema_decay
-        # Python attributes, so that what is frozen costs nothing; `train.Schedule` sets them and retraces.
+        # Python attributes, so that what is frozen costs nothing; `schedule.Schedule` sets them and retraces.
         self.observing = True
         self.quantizing = True
         self.estimator = "clipped"

@@ -1,7 +1,6 @@
-"""Training: one `fit` for float models and quantized ones, and the schedule that makes it quantization-aware.
+"""Training: one `fit` for float models and quantized ones, which `schedule` makes quantization-aware.
 
-The schedule of a quantized model freezes activation ranges and BatchNormalization statistics late in training, so
-that the last epochs train exactly the function that is shipped.  Validation runs the integer arithmetic.
+Validation of a quantized model runs the integer arithmetic.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ import tensorflow as tf
 from keras import ops
 
 from mobileqat.batches import TrainingBatches, data_errors, validation_batches
-from mobileqat.checkpoint import Checkpoint, Memory, Storage
+from mobileqat.checkpoint import Checkpoint, Storage
 from mobileqat.data import Dataset
 from mobileqat.distillation import distilled, gives_probabilities
 from mobileqat.distribute import is_multi_worker, per_replica, prepare, require_same, synchronized_batch_norm
 from mobileqat.errors import ClusterError, TrainingError
-from mobileqat.fakequant import quantize_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
+from mobileqat.schedule import AveragedWeights, OscillationFreeze, Schedule, freeze, reestimate_batch_norm, train_with
 from mobileqat.tensorboard import TensorSummaries
-from mobileqat.wrappers import QuantizeWrapper
 
 
 @dataclass(frozen=True)
@@ -91,27 +89,71 @@ def fit(
             "replicas. Make batch_size a multiple of their number."
         )
     with strategy.scope(), synchronized_batch_norm(model, strategy.num_replicas_in_sync > 1):
-        return _fit(model, dataset, settings, augment, seed, teacher, callbacks, log_dir, storage, strategy)
+        train = TrainingBatches(dataset, settings.batch_size, augment, seed, strategy.num_replicas_in_sync)
+        validation = validation_batches(dataset)
+        trained = _compiled(model, settings, teacher, train.steps)
+        recorder = _Recorder(model, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
+        techniques = _techniques(model, settings)
+        memories = {"recorder": recorder, **techniques}
+        is_spread = is_multi_worker(strategy)
+        checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories, with_metrics=not is_spread)
+        goes_on = checkpoint.restore(trained.optimizer)
+        if is_spread:
+            require_same(strategy, model, dataset.train.y)
+        if strategy.num_replicas_in_sync > 1:
+            prepare(trained, strategy, *next(iter(validation.take(1))))
+        # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.
+        initial = trained.evaluate(validation.take(1) if goes_on else validation, verbose=0, return_dict=True)
+        if not goes_on:
+            recorder.begin(initial["accuracy"])
+        # What changes weights comes before what looks at them, and the checkpoint when all others have done their part.
+        first_callbacks: list[Any] = [Schedule(model, settings)] if isinstance(settings, QatTraining) else []
+        first_callbacks += [*techniques.values(), recorder, *callbacks]
+        first_callbacks += [TensorSummaries(model, log_dir)] if log_dir is not None else []
+        try:
+            for first, end, step in checkpoint.stretches(settings.epochs):
+                # Keras's TensorBoard closes its writers at the end of a stretch.
+                boards = [keras.callbacks.TensorBoard(log_dir, write_graph=False)] if log_dir is not None else []
+                trained.fit(
+                    per_replica(strategy, train, first, step),
+                    steps_per_epoch=train.steps - step,
+                    initial_epoch=first,
+                    epochs=end,
+                    validation_data=validation,
+                    shuffle=False,
+                    verbose=0,
+                    callbacks=keras.callbacks.CallbackList(
+                        [*first_callbacks, *boards, checkpoint],
+                        add_history=True,
+                        model=trained,
+                        epochs=settings.epochs,
+                        steps=train.steps,
+                    ),
+                )
+        except tf.errors.InvalidArgumentError as error:
+            if "is not in [0, " not in str(error):
+                raise
+            # The weights are finite, what they compute is not: a kernel's table has no entry for NaN.
+            recorder.stop(f"'{model.name}' computed values that are NaN or infinite in validation after", error)
+        finally:
+            if isinstance(model, QuantizedModel):
+                freeze(model, observers=False, batch_norm=False)
+                train_with(model)
+        if is_spread:
+            require_same(strategy, model, dataset.train.y)
+        best = recorder.keep()
+        if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
+            batches = train.starting().take(settings.reestimate_batch_norm)
+            _reestimate(model, trained, batches, validation, settings.keep_best)
+        return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges)
 
 
-def _fit(
-    model: keras.Model,
-    dataset: Dataset,
-    settings: Training,
-    augment: Augment | None,
-    seed: int,
-    teacher: keras.Model | None,
-    callbacks: Sequence[keras.callbacks.Callback],
-    log_dir: Path | None,
-    storage: Storage | None,
-    strategy: tf.distribute.Strategy,
-) -> History:
-    train = TrainingBatches(dataset, settings.batch_size, augment, seed, strategy.num_replicas_in_sync)
-    validation = validation_batches(dataset)
+def _compiled(model: keras.Model, settings: Training, teacher: keras.Model | None, steps_per_epoch: int) -> keras.Model:
+    """The model to train, with its loss and its optimizer: `model` itself, or the one that distils into it."""
     trained = model
     if teacher is not None and isinstance(settings, QatTraining):
         trained = distilled(model, teacher, settings)
-    optimizer = make_optimizer(settings, train.steps)
+    optimizer = make_optimizer(settings, steps_per_epoch)
     if any(layer.compute_dtype == "float16" for layer in model._flatten_layers()):
         optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # small gradients would be 0 in float16
     trained.compile(
@@ -123,65 +165,17 @@ def _fit(
     )
     # Here, since variables made while a step is traced take longer than the rest of the tracing.
     trained.optimizer.build(trained.trainable_variables)
-    recorder = _Recorder(model, keep_best=isinstance(settings, QatTraining) and settings.keep_best)
-    all_callbacks: list[Any] = [recorder, *callbacks]
-    memories: dict[str, Memory] = {"recorder": recorder}
+    return trained
+
+
+def _techniques(model: keras.Model, settings: Training) -> dict[str, AveragedWeights | OscillationFreeze]:
+    """The callbacks that change weights between steps, in their order."""
+    found: dict[str, AveragedWeights | OscillationFreeze] = {}
+    if isinstance(settings, QatTraining) and settings.freeze_oscillations:
+        found["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
     if settings.weight_ema is not None:
-        memories["averages"] = AveragedWeights(model, settings.weight_ema)
-        all_callbacks.insert(0, memories["averages"])
-    if isinstance(settings, QatTraining):
-        all_callbacks.insert(0, Schedule(model, settings))
-        if settings.freeze_oscillations:
-            memories["oscillations"] = OscillationFreeze(model, settings.freeze_oscillations)
-            all_callbacks.insert(0, memories["oscillations"])
-    if log_dir is not None:
-        all_callbacks.append(TensorSummaries(model, log_dir))
-    checkpoint = Checkpoint(storage or _Nowhere(), model, train, memories, with_metrics=not is_multi_worker(strategy))
-    goes_on = checkpoint.restore(trained.optimizer)
-    # A resumed training has been evaluated before; its metrics, too, have to exist before the first step.
-    if is_multi_worker(strategy):
-        require_same(strategy, model, dataset.train.y)
-    if strategy.num_replicas_in_sync > 1:
-        prepare(trained, strategy, *next(iter(validation.take(1))))
-    initial = trained.evaluate(validation.take(1) if goes_on else validation, verbose=0, return_dict=True)
-    if not goes_on:
-        recorder.begin(initial["accuracy"])
-    try:
-        for first, end, step in checkpoint.stretches(settings.epochs):
-            # TensorBoard's writers end with a stretch; the checkpoint comes last, when the others have done their part.
-            boards = [keras.callbacks.TensorBoard(log_dir, write_graph=False)] if log_dir is not None else []
-            trained.fit(
-                per_replica(strategy, train, first, step),
-                steps_per_epoch=train.steps - step,
-                initial_epoch=first,
-                epochs=end,
-                validation_data=validation,
-                shuffle=False,
-                verbose=0,
-                callbacks=keras.callbacks.CallbackList(
-                    [*all_callbacks, *boards, checkpoint],
-                    add_history=True,
-                    model=trained,
-                    epochs=settings.epochs,
-                    steps=train.steps,
-                ),
-            )
-    except tf.errors.InvalidArgumentError as error:
-        if "is not in [0, " not in str(error):
-            raise
-        # The weights are finite, what they compute is not: a kernel's table has no entry for NaN.
-        recorder.stop(f"'{model.name}' computed values that are NaN or infinite in validation after", error)
-    finally:
-        if isinstance(model, QuantizedModel):
-            freeze(model, observers=False, batch_norm=False)
-            _train_with(model)
-    if is_multi_worker(strategy):
-        require_same(strategy, model, dataset.train.y)
-    best = recorder.keep()
-    if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
-        batches = train.starting().take(settings.reestimate_batch_norm)
-        _reestimate(model, trained, batches, validation, settings.keep_best)
-    return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges)
+        found["averages"] = AveragedWeights(model, settings.weight_ema)
+    return found
 
 
 class _Nowhere:
@@ -240,156 +234,6 @@ def _scale_rate_of_ranges(optimizer: keras.optimizers.Optimizer, factor: float) 
 # ------------------------------------------------------------------ callbacks
 
 
-class Schedule(keras.callbacks.Callback):
-    """Starts quantization, and freezes ranges and BatchNormalization statistics, after their share of the epochs.
-
-    The switches are Python attributes, so what is frozen costs nothing; the step is traced anew when one changes.
-    """
-
-    def __init__(self, quantized: QuantizedModel, settings: QatTraining):
-        super().__init__()
-        self.quantized = quantized
-        self.settings = settings
-        self.quantize_from = math.ceil(settings.start_after * settings.epochs)
-        self.observers_from = math.ceil(settings.freeze_observers_after * settings.epochs)
-        self.batch_norm_from = math.ceil(settings.freeze_batch_norm_after * settings.epochs)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        changed = freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from)
-        changed |= _train_with(
-            self.quantized, epoch >= self.quantize_from, self.settings.estimator, self.settings.damping
-        )
-        if changed:
-            self.model.make_train_function(force=True)
-
-
-def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
-    """Freezes or frees activation ranges and BatchNormalization statistics; returns whether anything changed.
-
-    A training function traced before must be traced anew: `model.make_train_function(force=True)`, or `compile`. Frozen
-    ranges are constants in it.
-    """
-    changed = False
-    for quantizer in model.quantizers.values():
-        changed |= quantizer.observing == observers
-        quantizer.observing = not observers
-    for wrapper in model.operators.values():
-        changed |= wrapper.batch_norm_frozen != batch_norm
-        wrapper.batch_norm_frozen = batch_norm
-    return changed
-
-
-def _train_with(
-    model: QuantizedModel, quantizing: bool = True, estimator: str = "clipped", damping: float = 0.0
-) -> bool:
-    """Sets how a training step quantizes; returns whether anything changed. Inference is always quantized."""
-    changed = False
-    for part in (*model.quantizers.values(), *model.operators.values()):
-        wanted = {"quantizing": quantizing, "estimator": estimator}
-        if isinstance(part, QuantizeWrapper):
-            wanted["damping"] = damping
-        changed |= any(getattr(part, name) != value for name, value in wanted.items())
-        for name, value in wanted.items():
-            setattr(part, name, value)
-    return changed
-
-
-class AveragedWeights(keras.callbacks.Callback):
-    """Moving averages of weights and trained ranges, which are validated and kept in their place.
-
-    Keras's own (`use_ema`, SwapEMAWeights) swaps by sums and differences, which rounds the weights in each epoch.
-    """
-
-    def __init__(self, watched: keras.Model, decay: float):
-        super().__init__()
-        self.variables = watched.trainable_variables
-        self.averages = [tf.Variable(variable, trainable=False) for variable in self.variables]
-        self.decay = decay
-        self._trained: list[np.ndarray] | None = None  # what training goes on with, while the averages are in the model
-        self._step = tf.function(self._follow, autograph=False)
-
-    def _follow(self) -> None:
-        for variable, average in zip(self.variables, self.averages, strict=True):
-            average.assign_add((1.0 - self.decay) * (tf.convert_to_tensor(variable) - average))
-
-    def on_train_batch_end(self, batch, logs=None):
-        self._step()
-
-    def on_test_begin(self, logs=None):
-        self._trained = [variable.numpy() for variable in self.variables]
-        for variable, average in zip(self.variables, self.averages, strict=True):
-            variable.assign(average)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._trained is not None:
-            for variable, value in zip(self.variables, self._trained, strict=True):
-                variable.assign(value)
-            self._trained = None
-
-    def state(self) -> tuple[dict, list[np.ndarray]]:
-        return {}, [average.numpy() for average in self.averages]
-
-    def set_state(self, values: dict, arrays) -> None:
-        for average, array in zip(self.averages, arrays, strict=True):
-            average.assign(array)
-
-
-class OscillationFreeze(keras.callbacks.Callback):
-    """Freezes weights that flip between two integers, at the one they are at more often (Nagel et al. 2022).
-
-    Per weight and step, with x its integer:  o = 1 if x moved back where it came from, else 0;  f <- m o + (1 - m) f;
-    x_ema <- m x + (1 - m) x_ema.  Where f exceeds the threshold, the weight stays at round(x_ema) from then on.
-    """
-
-    MOMENTUM = 0.01
-
-    def __init__(self, quantized: QuantizedModel, threshold: float):
-        super().__init__()
-        self.wrappers = [w for w in quantized.operators.values() if w.weight_spec is not None and w.prologue is None]
-        self.threshold = threshold
-        self.state_of_weights = [self._start(wrapper) for wrapper in self.wrappers]
-        self._step = tf.function(self._all)
-
-    def on_train_batch_end(self, batch, logs=None):
-        if self.wrappers and self.wrappers[0].quantizing:
-            self._step()
-
-    def _variables(self) -> list[tf.Variable]:
-        return [variable for state in self.state_of_weights for variable in state.values()]
-
-    def state(self) -> tuple[dict, list[np.ndarray]]:
-        return {}, [variable.numpy() for variable in self._variables()]
-
-    def set_state(self, values: dict, arrays) -> None:
-        for variable, array in zip(self._variables(), arrays, strict=True):
-            variable.assign(array)
-
-    @staticmethod
-    def _integers(wrapper: QuantizeWrapper):
-        assert wrapper.weight_spec is not None
-        return quantize_weights(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec, wrapper.ratio())
-
-    def _start(self, wrapper: QuantizeWrapper) -> dict[str, tf.Variable]:
-        integers, _ = self._integers(wrapper)
-        zeros = tf.zeros_like(integers)
-        start = {"last": integers, "direction": zeros, "frequency": zeros, "average": integers, "frozen": zeros}
-        return {name: tf.Variable(value, trainable=False) for name, value in start.items()}
-
-    def _all(self) -> None:
-        for wrapper, state in zip(self.wrappers, self.state_of_weights, strict=True):
-            integers, scales = self._integers(wrapper)
-            moved = tf.sign(integers - state["last"])
-            flipped = tf.cast(moved * state["direction"] < 0, tf.float32)
-            state["direction"].assign(tf.where(moved != 0, moved, state["direction"]))
-            for name, value in (("frequency", flipped), ("average", integers)):
-                state[name].assign_add(self.MOMENTUM * (value - state[name]))
-            frozen = tf.maximum(state["frozen"], tf.cast(state["frequency"] > self.threshold, tf.float32))
-            state["frozen"].assign(frozen)
-            kernel = tf.convert_to_tensor(wrapper.layer.kernel)
-            wrapper.layer.kernel.assign(tf.where(frozen > 0, tf.round(state["average"]) * scales, kernel))
-            state["last"].assign(tf.where(frozen > 0, tf.round(state["average"]), integers))
-
-
 def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation, keep_best: bool) -> None:
     """Takes BatchNormalization statistics anew, under the quantized weights; only a gain stays with `keep_best`."""
     before, accuracy = model.get_weights(), trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
@@ -397,25 +241,6 @@ def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation
     after = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
     if keep_best and after < accuracy:
         model.set_weights(before)
-
-
-def reestimate_batch_norm(model: QuantizedModel, batches) -> None:
-    """Sets every BatchNormalization's moving statistics to their mean over batches of (x, y) or x.
-
-    Training quantizes the weights that the statistics follow, and a moving average lags behind them.
-    """
-    layers = [w.batch_norm for w in model.operators.values() if w.batch_norm is not None]
-    momenta = [layer.momentum for layer in layers]
-    freeze(model, observers=True, batch_norm=False)
-    try:
-        for index, batch in enumerate(batches):
-            for layer in layers:  # the mean of all batches so far
-                layer.momentum = index / (index + 1)
-            model(batch[0] if isinstance(batch, tuple) else batch, training=True)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        freeze(model, observers=False, batch_norm=False)
 
 
 def _floats(model: keras.Model) -> list:

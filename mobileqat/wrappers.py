@@ -86,7 +86,7 @@ class QuantizeWrapper(keras.layers.Layer):
         self.member = member
         self.is_output = is_output
         self.prologue = prologue
-        # Python attributes like FakeQuantize.observing; `train.Schedule` sets them and retraces.
+        # Python attributes like FakeQuantize.observing; `schedule.Schedule` sets them and retraces.
         self.batch_norm_frozen = False
         self.quantizing = True
         self.estimator = "clipped"

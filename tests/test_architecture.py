@@ -101,7 +101,7 @@ def test_only_lowering_knows_how_layers_are_lowered():
     assert importers <= {"lowering", *parts}
 
 
-CORE = ["quantize", "calibrate", "convert", "parity", "distillation", "train"]
+CORE = ["quantize", "calibrate", "convert", "parity", "distillation", "schedule", "train"]
 CORE += ["layerwise", "equalize", "bias_correction", "adaround", "analyze", "search"]
 
 

@@ -21,13 +21,8 @@ from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
 from mobileqat.rules import GONE
-from mobileqat.train import (
-    OscillationFreeze,
-    fit,
-    freeze,
-    make_optimizer,
-    reestimate_batch_norm,
-)
+from mobileqat.schedule import OscillationFreeze, freeze, reestimate_batch_norm
+from mobileqat.train import fit, make_optimizer
 
 
 def make_dataset(count=200):
