@@ -147,7 +147,9 @@ def test_what_is_written_and_printed(tmp_path, capsys):
     assert charts[-2:] == ["metric.svg", "sqnr.svg"] and len(charts) == 6
     assert "dense" in (tmp_path / "new/sqnr.svg").read_text()
     print_analysis(result)
-    assert result["recommendation"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in model: with the noise of all before it. Change of accuracy, alone:" in printed
+    assert result["recommendation"] in printed
 
 
 def test_faults():

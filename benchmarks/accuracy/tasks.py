@@ -74,6 +74,12 @@ TASKS = {
         "fsdd_dscnn_w8a8",
         ("conv", "classes"),
     ),
+    "fsdd-speakers": Task(
+        "DS-CNN, spoken digits of two voices that training never hears (FSDD)",
+        "fsdd_dscnn_w8a8",
+        ("conv", "classes"),
+        {"data.options.split": "speakers"},
+    ),
     "trashnet": Task(
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
         "trashnet_mobilenetv2_w8a8",

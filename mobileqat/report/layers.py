@@ -22,6 +22,10 @@ DRAWN_LAYERS = 8  # histograms of the worst ones
 _BLUE, _ORANGE = "#1f6feb", "#d9730d"
 
 
+LEGEND = "SQNR: of this layer's own rounding; channel: of its median channel; in model: with the noise of all before it"
+METRIC_LEGEND = ". Change of accuracy, alone: only this layer quantized; all but it: only this layer in float."
+
+
 def print_analysis(analysis: Mapping[str, Any]) -> None:
     """The ranked layers as a table, what to try below it, and the recommendation at the end."""
     console = Console(highlight=False, soft_wrap=True)
@@ -44,6 +48,7 @@ def print_analysis(analysis: Mapping[str, Any]) -> None:
     if has_metric:
         console.print(f"float {formats.percent(float_metric)}, quantized {formats.percent(metric)}")
     console.print(table)
+    console.print(LEGEND + (METRIC_LEGEND if has_metric else "."), style="dim")
     for row in analysis["layers"]:
         for advice in row["advice"]:
             console.print(f"  - {row['name']}: {advice}", markup=False)
