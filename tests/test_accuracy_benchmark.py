@@ -88,10 +88,10 @@ def runner(monkeypatch, tmp_path):
         for cell in (("fsdd", "float", 0), ("fsdd", "w8a8", 0), ("fsdd", "w8a8", 1), ("fsdd", "converter", 0))
     ]
 
-    def go(only=None):
+    def go(only=None, prefix="", wanted=wanted):
         done.clear()
         settings = argparse.Namespace(only=only, quick=True, runs=tmp_path, timeout=1, table=False)
-        failed = run.run(wanted, settings, "", run.table.accuracy_table)
+        failed = run.run(wanted, settings, prefix, run.table.accuracy_table)
         return failed, list(done)
 
     go.failing = failing
@@ -123,6 +123,17 @@ def test_other_float_weights_make_results_old(runner):
     results["float/0"]["weights"] = "of another training"
     path.write_text(json.dumps(results))
     assert runner() == (0, ["fsdd/w8a8/0", "fsdd/w8a8/1", "fsdd/converter/0"])
+
+
+def test_an_ablation_shares_the_float_model(runner):
+    import tasks
+
+    runner()
+    cells = [tasks.Cell("fsdd", "float", 0), tasks.Cell("fsdd", "w4a8+damping", 0, {"qat.damping": 1e-4})]
+    assert runner(prefix="ablation_", wanted=cells) == (0, ["fsdd/w4a8+damping/0"])
+    assert set(json.loads((runner.results / "ablation_fsdd.json").read_text())) == {"w4a8+damping/0"}
+    assert (runner.results / "ablation.md").read_text().count("| float | 50.00 |") == 1
+    assert runner(prefix="ablation_", wanted=cells) == (0, [])
 
 
 def test_without_a_float_model_nothing_else_runs(runner, capsys):

@@ -155,32 +155,37 @@ def ending(code: int, log: Path) -> str:
 
 
 class Results:
-    """One JSON file per task: its cells by `WHAT/SEED`."""
+    """One JSON file per task: its cells by `WHAT/SEED`. Those of an ablation are in files of their own, by a prefix of
+    their names; the float models, which all share, are in the files without one."""
 
     def __init__(self, folder: Path, prefix: str):
         self.folder = folder
         self.prefix = prefix
 
-    def path(self, task: str) -> Path:
-        return self.folder / f"{self.prefix}{task}.json"
+    def path(self, task: str, what: str = "") -> Path:
+        return self.folder / f"{'' if what == 'float' else self.prefix}{task}.json"
 
     def read(self, task: str) -> dict:
-        path = self.path(task)
-        return json.loads(path.read_text()) if path.is_file() else {}
+        shared = {key: record for key, record in read_json(self.path(task, "float")).items() if "float/" in key}
+        return shared | read_json(self.path(task))
 
     def find(self, cell: Cell) -> dict | None:
         return self.read(cell.task).get(cell.key)
 
     def keep(self, cell: Cell, record: dict) -> None:
-        everything = self.read(cell.task) | {cell.key: record}
+        path = self.path(cell.task, cell.what)
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path(cell.task), json.dumps(everything, indent=1) + "\n")
+        write_whole(path, json.dumps(read_json(path) | {cell.key: record}, indent=1) + "\n")
 
     def write_table(self, make_table: Callable[[dict[str, dict]], str]) -> None:
         tasks = {task: self.read(task) for task in table.TASKS if self.path(task).is_file()}
         if tasks:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_whole(self.folder / f"{self.prefix or 'results'}.md".replace("_.md", ".md"), make_table(tasks))
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_whole(path: Path, text: str) -> None:
