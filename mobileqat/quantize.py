@@ -24,7 +24,7 @@ from mobileqat.rules import CONSTANT, GONE, Output
 from mobileqat.schemes import SCHEMES, QuantSpec, Scheme, get_scheme
 from mobileqat.wrappers import QuantizeWrapper
 
-WEIGHT_RANGES = ("maxabs", "mse", "learned")
+WEIGHT_RANGES = ("auto", "maxabs", "mse", "learned")
 
 
 @keras.saving.register_keras_serializable("mobileqat")
@@ -105,7 +105,7 @@ def quantize_model(
     input_range: Sequence[float] | None = None,
     input_shape=None,
     ema_decay: float = 0.99,
-    weight_range: str = "maxabs",
+    weight_range: str = "auto",
     learn_activation_ranges: bool = False,
     name: str | None = None,
 ) -> QuantizedModel:
@@ -124,7 +124,8 @@ def quantize_model(
         ema_decay: decay per step of the moving averages that follow activation ranges in training.
         weight_range: where the scales of kernels come from, per channel. "maxabs": the largest weight, which never
             saturates. "mse": the share of it with the least squared error, fitted by `calibrate`. "learned": from
-            there trained with the weights (LSQ, Esser et al. 2020).
+            there trained with the weights (LSQ, Esser et al. 2020). "auto": "learned" for kernels of 2 to 7 bits,
+            "maxabs" for others.
         learn_activation_ranges: train the ends of activation ranges, from where `calibrate` left them (LSQ+, Bhalgat
             et al. 2020), rather than follow the data by moving averages.
         name: of the new model; "quantized_" and the model's name by default.
@@ -270,7 +271,7 @@ def _build(
             operator.output if planned.output is Output.OWN else None,
             operator.output in plan.outputs,
             prologues[operator.name],
-            weight_range,
+            _weight_range(weight_range, operator.weight_spec),
             name=_layer_name("quant", operator.name, names),
         )
         # A constant reads nothing; any input makes it a node of the Keras graph.
@@ -282,6 +283,13 @@ def _build(
         outputs=keras.tree.pack_sequence_as(structures[1], outputs),
         name=name,
     )
+
+
+def _weight_range(wanted: str, spec: QuantSpec | None) -> str:
+    """What "auto" stands for: few integers are worth saturating some weights for, 255 are not, and two cannot."""
+    if wanted != "auto":
+        return wanted
+    return "learned" if spec is not None and 2 <= spec.bits < 8 else "maxabs"
 
 
 def _layer_name(prefix: str, path: str, taken: set[str]) -> str:

@@ -266,9 +266,10 @@ class Quantize(Section):
     narrow_storage: bool = Field(
         default=True, description="store kernels of 4 bits and less as int4 where the runtime executes that"
     )
-    weight_range: Literal["maxabs", "mse", "learned"] = Field(
-        default="maxabs",
-        description="scales of kernels: by the largest weight, by least squares, or trained from there",
+    weight_range: Literal["auto", "maxabs", "mse", "learned"] = Field(
+        default="auto",
+        description="scales of kernels: by the largest weight, by least squares, or trained from there; auto: learned "
+        "for 2 to 7 bits, else maxabs",
     )
     learn_activation_ranges: bool = Field(
         default=False, description="train activation ranges like weights rather than follow the data"

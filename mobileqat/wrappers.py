@@ -169,12 +169,17 @@ class QuantizeWrapper(keras.layers.Layer):
         if spec is not None:
             real = kernel
             kernel = fake_quantize_weights(real, self.rule.channel_axes, spec, self.ratio(), self.estimator)
-            if training and self.damping:  # pulls weights to the middle of their step (Nagel et al. 2022)
-                distance = tf.square(tf.stop_gradient(kernel) - real)
-                self.add_loss(self.damping * tf.reduce_sum(distance))
+            if training and self.damping:
+                self._damp(real, tf.stop_gradient(kernel), spec)
         with keras.StatelessScope(state_mapping=[(self.layer.kernel, kernel)]):
             x = self.layer(inputs, **arguments)
         return x if self.prologue is None else x + tf.cast(self._offset(), x.dtype)
+
+    def _damp(self, real, quantized, spec: QuantSpec) -> None:
+        """Pulls weights to the middle of their step; those that saturate are left alone (Nagel et al. 2022)."""
+        scales = tf.stop_gradient(quantize_weights(real, self.rule.channel_axes, spec, self.ratio())[1])
+        inside = tf.clip_by_value(real, scales * spec.qmin, scales * spec.qmax)
+        self.add_loss(self.damping * tf.reduce_sum(tf.square(quantized - inside)))
 
     def ratio(self):
         """The scales' share of the largest useful ones, in (0, 1]; None where it is 1."""

@@ -10,7 +10,7 @@ from mobileqat.adaround import adaround
 from mobileqat.calibrate import calibrate
 from mobileqat.convert import convert
 from mobileqat.errors import CalibrationError
-from mobileqat.fakequant import weight_scales
+from mobileqat.fakequant import quantize_weights
 from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.schemes import QuantSpec, Scheme
@@ -44,15 +44,16 @@ LAYERS = {
 def test_rounds_better_than_to_nearest(layers, scheme):
     model = quantized(*layers(), scheme=scheme)
     (wrapper,) = (w for w in model.operators.values() if w.weight_spec)
-    scales = weight_scales(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec)
-    nearest = np.round(wrapper.kernel() / scales)
+    arguments = wrapper.rule.channel_axes, wrapper.weight_spec, wrapper.ratio()
+    nearest, scales = quantize_weights(wrapper.kernel(), *arguments)
     (row,) = adaround(model, X, steps=200, batch_size=16)
     # Beside 8-bit weights most of the error comes from the rounded inputs.
     assert row.error < (0.7 if scheme is W4 else 1.0) * row.error_before and 0 < row.moved < 0.5
-    kept = weight_scales(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec)
-    np.testing.assert_allclose(kept, scales, rtol=0 if wrapper.prologue is None else 2e-7)
-    # What is left in the layer lies on the grid, one step from the nearest integer at most.
-    integers = wrapper.kernel() / scales
+    np.testing.assert_allclose(
+        quantize_weights(wrapper.kernel(), *arguments)[1], scales, rtol=0 if wrapper.prologue is None else 2e-7
+    )
+    # What is left in the layer lies on the grid, one step from the nearest integer at most, or saturates.
+    integers = np.clip(wrapper.kernel() / scales, wrapper.weight_spec.qmin, wrapper.weight_spec.qmax)
     np.testing.assert_allclose(integers, np.round(integers), atol=1e-4)
     assert np.abs(np.round(integers) - nearest).max() == 1
     parity = verify(model, convert(model), X[:4])

@@ -167,8 +167,17 @@ def test_schemes_by_layer_must_fit():
         quantize_model(small_model(), layers={"relu": "w4a8"})
     with pytest.raises(MobileQatError, match="Unknown scheme 'w9a8'"):
         quantize_model(small_model(), layers={"conv": "w9a8"})
-    with pytest.raises(ModelError, match="weight_range must be one of maxabs, mse, learned"):
+    with pytest.raises(ModelError, match="weight_range must be one of auto, maxabs, mse, learned"):
         quantize_model(small_model(), weight_range="best")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "is_learned"), [("w8a8", False), ("w8a16", False), ("w7a8", True), ("w2a8", True), ("w1a8", False)]
+)
+def test_scales_of_few_integers_are_learned_by_default(scheme, is_learned):
+    quantized = quantize_model(small_model(), scheme)
+    trained = [variable.path for variable in quantized.trainable_variables if "weight_ratio" in variable.path]
+    assert trained == (["quant_conv/weight_ratio", "quant_head/weight_ratio"] if is_learned else [])
 
 
 @pytest.mark.parametrize("weight_range", ["mse", "learned"])
@@ -179,7 +188,7 @@ def test_least_squares_weights_are_nearer(weight_range):
         return rms(constants["weights"] * constants["scales"] - wrapper.layer.kernel.numpy())
 
     quantized = calibrated(scheme="w3a8", weight_range=weight_range)
-    assert distance(quantized) < 0.95 * distance(calibrated(scheme="w3a8"))
+    assert distance(quantized) < 0.95 * distance(calibrated(scheme="w3a8", weight_range="maxabs"))
     assert verify(quantized, convert(quantized), X).passed
 
 

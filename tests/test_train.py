@@ -469,10 +469,26 @@ def test_damping_pulls_weights_to_their_integers(dataset):
         settings = QatTraining(epochs=4, learning_rate=0.003, batch_size=32, damping=damping, keep_best=False)
         fit(quantized, dataset, settings)
         wrappers = [w for w in quantized.operators.values() if w.weight_spec]
-        scaled = [quantize_weights(w.kernel(), w.rule.channel_axes, w.weight_spec) for w in wrappers]
-        return np.mean([np.mean(np.abs(w.kernel() / s - i)) for w, (i, s) in zip(wrappers, scaled, strict=True)])
+        scaled = [quantize_weights(w.kernel(), w.rule.channel_axes, w.weight_spec, w.ratio()) for w in wrappers]
+        return np.mean(
+            [np.mean(np.abs(np.clip(w.kernel() / s, -7, 7) - i)) for w, (i, s) in zip(wrappers, scaled, strict=True)]
+        )
 
     assert distance(10.0) < 0.7 * distance(0.0)
+
+
+def test_damping_leaves_saturated_weights_alone(dataset):
+    quantized = quantized_model(dataset, scheme="w4a8", weight_range="learned")
+    wrapper = next(w for w in quantized.operators.values() if w.weight_spec)
+    wrapper.weight_ratio.assign(np.full(wrapper.weight_ratio.shape, 0.5, np.float32))
+    wrapper.damping = 1.0
+    kernel = wrapper.layer.kernel
+    with tf.GradientTape() as tape:
+        wrapper(dataset.train.x[:2], training=True)
+        (loss,) = wrapper.losses
+    gradient = tape.gradient(loss, kernel.value).numpy()
+    largest = np.abs(kernel.numpy()).max(axis=(0, 1, 2), keepdims=True)
+    np.testing.assert_array_equal(gradient == 0, np.abs(kernel.numpy()) > 0.5 * largest)
 
 
 def test_oscillating_weights_freeze(dataset):
@@ -480,7 +496,8 @@ def test_oscillating_weights_freeze(dataset):
     wrapper = next(w for w in quantized.operators.values() if w.operator.kind == "CONV_2D")
     kernel = wrapper.layer.kernel
     index = (0, 0, 0, 0)
-    scale = float(quantize_weights(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec)[1][0, 0, 0, 0])
+    _, scales = quantize_weights(wrapper.kernel(), wrapper.rule.channel_axes, wrapper.weight_spec, wrapper.ratio())
+    scale = float(scales[0, 0, 0, 0])
     values = kernel.numpy()
     values[index] = 1.6 * scale
     kernel.assign(values)
