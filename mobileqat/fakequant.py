@@ -89,6 +89,11 @@ def scale_gradient(x, factor):
     return tf.identity(x), lambda gradient: (gradient * factor, None)
 
 
+def no_loss(variable):
+    """0, with a gradient of 0: Keras warns of variables that a step leaves out."""
+    return 0.0 * tf.reduce_sum(variable)
+
+
 def step_gradient_factor(count: int, qmax: int) -> float:
     """1 / sqrt(count * qmax): brings gradients of a step size to the size of those of `count` values (LSQ, 2.2)."""
     return 1.0 / float(np.sqrt(count * qmax))
@@ -318,7 +323,11 @@ class FakeQuantize(keras.layers.Layer):
             self.observe(tf.stop_gradient(x), str(member), ema_decay)
         if not training:
             return self.snap(x, *self.inference_parameters())
-        return self._train(x) if self.quantizing else x
+        if self.quantizing:
+            return self._train(x)
+        if self.learns_range:
+            self.add_loss(no_loss(self.range_shift))
+        return x
 
     def rectifies(self, ceiling: float) -> bool:
         """Whether the grid clips at 0 and not beyond `ceiling`, so that `rectify` can stand for a ReLU and `call`."""

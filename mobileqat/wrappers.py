@@ -19,6 +19,7 @@ from mobileqat.batch_norm import batch_normalize
 from mobileqat.fakequant import (
     FakeQuantize,
     fake_quantize_weights,
+    no_loss,
     product,
     quantize_weights,
     quotient,
@@ -116,6 +117,8 @@ class QuantizeWrapper(keras.layers.Layer):
         if training and self._rectifies(training):
             x = as_float32(self.linear_call(inputs, training, quantized=True))
             return self.output_quantizer.rectify(x, self.member, CEILINGS[self.operator.fused_activation])
+        if training and not self.quantizing and self.weight_ratio is not None:
+            self.add_loss(no_loss(self.weight_ratio))
         x = as_float32(self.float_call(inputs, training, quantized=self.operator.quantized and self.quantizing))
         if self._quantizes_output(training):
             # The range of a constant is what it holds now, not what it held on average.
