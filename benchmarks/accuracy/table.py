@@ -41,7 +41,7 @@ class Row:
 
 def accuracy_table(tasks: dict[str, dict]) -> str:
     """The document: `tasks` holds each task's cells as `run.Results` keeps them."""
-    lines = ["# Accuracy in the interpreter, on whole test sets", "", *provenance(tasks), "", *NOTES]
+    lines = ["# Accuracy in the interpreter, on whole test sets", "", *provenance(tasks, "run.py"), "", *NOTES]
     for name, found in tasks.items():
         lines += ["", f"## {TASKS[name].title}", "", HEADER, *rows_of(found)]
     return "\n".join(lines) + "\n"
@@ -59,7 +59,7 @@ NOTES = (
 )
 
 
-def provenance(tasks: dict[str, dict]) -> list[str]:
+def provenance(tasks: dict[str, dict], script: str) -> list[str]:
     cells = [cell for found in tasks.values() for cell in found.values() if cell.get("date")]
     if not cells:
         return []
@@ -68,7 +68,7 @@ def provenance(tasks: dict[str, dict]) -> list[str]:
     versions = max(cells, key=lambda cell: cell["date"])["packages"]
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
     days = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return [f"{days}, {'; '.join(machines)}, {shown}. Made by `benchmarks/accuracy/run.py`."]
+    return [f"{days}, {'; '.join(machines)}, {shown}. Made by `benchmarks/accuracy/{script}`."]
 
 
 def rows_of(found: dict) -> Iterator[str]:
@@ -135,7 +135,13 @@ def cell_text(reason: str) -> str:
 
 def ablation_table(tasks: dict[str, dict]) -> str:
     """One line per variant: QAT accuracy, its difference to the baseline, and the training's seconds per epoch."""
-    lines = ["# What each technique adds: QAT to 4-bit weights", "", *provenance(tasks)]
+    lines = [
+        "# What each technique adds: QAT to 4-bit weights",
+        "",
+        *provenance(tasks, "ablation.py"),
+        "",
+        ABLATION_NOTE,
+    ]
     for name, found in tasks.items():
         variants = dict.fromkeys(key.rpartition("/")[0] for key in found)
         baseline = collect(found, "w4a8+baseline", "qat", "").accuracy
@@ -157,4 +163,9 @@ def ablation_table(tasks: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+ABLATION_NOTE = (
+    "Two epochs each. Baseline: scales by the largest weight, observed ranges, straight-through rounding, labels. "
+    "The small integers are stored as int8: convolutions with int4 take several times as long in the interpreter, and "
+    "round twice, which moves PTQ by up to a point."
+)
 ABLATION_HEADER = "| | PTQ, % | QAT, % | to the baseline | s per epoch |\n|---|---|---|---|---|"
