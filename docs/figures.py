@@ -9,7 +9,6 @@ recipe that was measured.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BENCHMARK = ROOT / "benchmarks/accuracy"
 sys.path.insert(0, str(BENCHMARK))
 
+from run import read_json  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 COLUMNS = (("w8a8", "ptq"), ("w8a8", "qat"), ("w4a8", "ptq"), ("w4a8", "qat"), ("w8a16", "ptq"))
@@ -40,17 +40,13 @@ def main(arguments: list[str]) -> int:
 
 def updated() -> dict[Path, str]:
     """The pages as they should be."""
-    results = {task: read(BENCHMARK / "results" / f"{task}.json") for task in TASKS}
+    results = {task: read_json(BENCHMARK / "results" / f"{task}.json") for task in TASKS}
     results = {task: cells for task, cells in results.items() if accuracy(cells, "float", "float") is not None}
     schemes, recipes = ROOT / "docs/schemes.md", ROOT / "recipes/README.md"
     return {
         schemes: between(schemes.read_text(encoding="utf-8"), scheme_table(results)),
         recipes: recipe_rows(recipes.read_text(encoding="utf-8"), results),
     }
-
-
-def read(path: Path) -> Cells:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def accuracy(cells: Cells, what: str, row: str) -> float | None:

@@ -231,9 +231,6 @@ def _scale_rate_of_ranges(optimizer: keras.optimizers.Optimizer, factor: float) 
     optimizer.update_step = update_step
 
 
-# ------------------------------------------------------------------ callbacks
-
-
 def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation, keep_best: bool) -> None:
     """Takes BatchNormalization statistics anew, under the quantized weights; only a gain stays with `keep_best`."""
     before, accuracy = model.get_weights(), trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
@@ -241,6 +238,9 @@ def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation
     after = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
     if keep_best and after < accuracy:
         model.set_weights(before)
+
+
+# ------------------------------------------------------------------ callbacks
 
 
 def _floats(model: keras.Model) -> list:

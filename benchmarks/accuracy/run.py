@@ -166,8 +166,8 @@ class Results:
         return self.folder / f"{'' if what == 'float' else self.prefix}{task}.json"
 
     def read(self, task: str) -> dict:
-        shared = {key: record for key, record in read_json(self.path(task, "float")).items() if "float/" in key}
-        return shared | read_json(self.path(task))
+        floats = read_json(self.path(task, "float"))
+        return {key: cell for key, cell in floats.items() if key.startswith("float/")} | read_json(self.path(task))
 
     def find(self, cell: Cell) -> dict | None:
         return self.read(cell.task).get(cell.key)
