@@ -25,6 +25,7 @@ from mobileqat.quantize import QuantizedModel
 from mobileqat.schemes import QuantSpec
 from mobileqat.wrappers import as_float32
 
+DEFAULT_STEPS = 300  # 1000, three times as long, gave no more on MobileNetV1 and on DS-CNN
 # Of the rectified sigmoid, and of the regulariser; the paper's.
 GAMMA, ZETA = -0.1, 1.1
 BETA = (20.0, 2.0)
@@ -56,7 +57,7 @@ def adaround(
     model: QuantizedModel,
     samples: Any,
     *,
-    steps: int = 1000,
+    steps: int = DEFAULT_STEPS,
     batch_size: int = 32,
     learning_rate: float = 3e-2,
     seed: int = 0,

@@ -6,6 +6,7 @@ integer inputs, while the float values it is compared with stay those of the mod
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 
 from mobileqat.calibrate import as_arrays
 from mobileqat.errors import CalibrationError, ModelError
+from mobileqat.plan import Operator
 from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT
@@ -67,10 +69,10 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = 
     run = _Runner(model, batch_size)
     float_values = dict(zip(model.plan.inputs, arrays, strict=True))
     values = {name: run.snap(name, array) for name, array in float_values.items()}
-    last_reader = {name: op.name for op in model.plan.operators for name in run.inputs(op)}
+    last_reader = _last_readers(model)
     pairs = list(zip(model.plan.operators, model.operators.values(), strict=True))
     for operator, wrapper in track(pairs, what, "operators"):
-        names = run.inputs(operator)
+        names = _inputs(model, operator)
         float_inputs, inputs = [float_values[n] for n in names], [values[n] for n in names]
         run_this = partial(run, operator)
         output = run_this(partial(wrapper.float_call, training=False), float_inputs)
@@ -79,6 +81,27 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = 
         for name in set(names):
             if last_reader[name] == operator.name:
                 del float_values[name], values[name]
+
+
+def bytes_per_sample(model: QuantizedModel) -> int:
+    """What `walk` holds in memory at most, per sample."""
+    sizes = {name: math.prod(t.shape) if t.has_batch else 0 for name, t in model.plan.tensors.items()}
+    last_reader, live, most = _last_readers(model), set(model.plan.inputs), 0
+    for operator in model.plan.operators:
+        live.add(operator.output)
+        most = max(most, sum(sizes[name] for name in live))
+        live -= {name for name in operator.inputs if last_reader[name] == operator.name}
+    return 2 * np.dtype(np.float32).itemsize * most  # the float values and the quantized ones
+
+
+def _last_readers(model: QuantizedModel) -> dict[str, str]:
+    """The last operator that reads each tensor."""
+    return {name: op.name for op in model.plan.operators for name in _inputs(model, op)}
+
+
+def _inputs(model: QuantizedModel, operator: Operator) -> tuple[str, ...]:
+    # A constant reads nothing; an input of the model gives it the size of the batch.
+    return model.plan.inputs[:1] if operator.kind == CONSTANT else operator.inputs
 
 
 def shared_layers(model: QuantizedModel) -> set[str]:
@@ -99,10 +122,6 @@ class _Runner:
         self.model = model
         self.batch_size = batch_size
 
-    def inputs(self, operator) -> tuple[str, ...]:
-        # A constant reads nothing; an input of the model gives it the size of the batch.
-        return self.model.plan.inputs[:1] if operator.kind == CONSTANT else operator.inputs
-
     def snap(self, name: str, array: np.ndarray) -> np.ndarray:
         """A model input on its grid, if it has one."""
         quantizer = self.model.quantizers.get(name)
@@ -110,7 +129,7 @@ class _Runner:
 
     def __call__(self, operator, function: Callable, inputs: list[np.ndarray]) -> np.ndarray:
         tensors = self.model.plan.tensors
-        is_batched = [tensors[name].has_batch for name in self.inputs(operator)]
+        is_batched = [tensors[name].has_batch for name in _inputs(self.model, operator)]
         count = max([len(x) for x, split in zip(inputs, is_batched, strict=True) if split], default=1)
         parts = []
         for start in range(0, count, self.batch_size):

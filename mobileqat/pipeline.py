@@ -26,7 +26,7 @@ import numpy as np
 import tensorflow as tf
 
 from mobileqat import flatbuffer, models, parity, plot_data, report, snippets
-from mobileqat.adaround import Rounding, adaround
+from mobileqat.adaround import DEFAULT_STEPS, Rounding, adaround
 from mobileqat.analyze import Analysis, analyze
 from mobileqat.bench.host import describe_machine
 from mobileqat.bench.measure import (
@@ -62,12 +62,13 @@ from mobileqat.errors import (
     TrainingError,
 )
 from mobileqat.evaluate import accuracy, per_class, top1
+from mobileqat.layerwise import bytes_per_sample
 from mobileqat.legacy import tfmot
 from mobileqat.legacy.ranges import set_ranges
 from mobileqat.metadata import add_metadata, describe
 from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
-from mobileqat.recipe import PathSource, Recipe, Training, dump_recipe
+from mobileqat.recipe import AdaRound, PathSource, Recipe, Training, dump_recipe
 from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, SharedDirectory, write_whole
 from mobileqat.runtime import Session
@@ -75,6 +76,7 @@ from mobileqat.schemes import get_scheme
 from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import History, fit
 
+LAYERWISE_BYTES = 2 << 30  # what values of layers on AdaRound's samples may take in memory
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
 PROFILED: dict[str, Any] = {"warmup": 3, "runs": 30, "profile": True}  # operator by operator, on this machine
 PACKAGES = ("tensorflow", "keras", "ai-edge-litert", "numpy")
@@ -350,7 +352,7 @@ def _ptq(run: Run) -> dict:
     equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
-    rounded = _adaround(run, model)
+    rounded = _adaround(model, run.dataset, recipe.quantize.adaround, recipe.seed)
     corrected = correct_bias(model, samples) if recipe.quantize.correct_bias else BiasCorrection({}, {})
     run.keep_model("ptq", model)
     return {
@@ -376,12 +378,17 @@ def _calibration_samples(run: Run) -> np.ndarray:
     return calibration_samples(run.dataset, run.recipe.data.calibration_samples, run.recipe.seed)
 
 
-def _adaround(run: Run, model: QuantizedModel) -> list[Rounding]:
-    settings = run.recipe.quantize.adaround
-    if settings.steps == 0:
+def _adaround(model: QuantizedModel, dataset: Dataset, settings: AdaRound, seed: int) -> list[Rounding]:
+    steps = settings.steps
+    if steps == "auto":
+        specs = [operator.weight_spec for operator in model.plan.operators]
+        steps = DEFAULT_STEPS if any(spec is not None and spec.is_coarse for spec in specs) else 0
+    if steps == 0:
         return []
-    samples = calibration_samples(run.dataset, settings.samples, run.recipe.seed)
-    return adaround(model, samples, seed=run.recipe.seed, **settings.model_dump(exclude={"samples"}))
+    fitting = max(LAYERWISE_BYTES // bytes_per_sample(model), 1)
+    samples = calibration_samples(dataset, min(settings.samples, fitting), seed)
+    rest = settings.model_dump(exclude={"steps", "samples"})
+    return adaround(model, samples, steps=steps, seed=seed, **rest)
 
 
 def _qat(run: Run) -> dict | None:
@@ -759,8 +766,10 @@ def convert_model(
     ranges: Path | None = None,
 ) -> bytes:
     """Converts a quantized model as it is, or a float model with ranges from `dataset`, imported ones, or both."""
-    model = _quantized(model, dataset, scheme, method, samples, ranges)
-    return convert(model, input_type=input_type, output_type=output_type)
+    quantized = _quantized(model, dataset, scheme, method, samples, ranges)
+    if quantized is not model and dataset is not None:
+        _adaround(quantized, dataset, AdaRound(), seed=0)
+    return convert(quantized, input_type=input_type, output_type=output_type)
 
 
 def _quantized(
@@ -852,15 +861,12 @@ def search_model(
     verified = []
     for mixture in dict.fromkeys((found.front[0].key, found.chosen.key, found.front[-1].key)):
         result = quantized(**options(dict(mixture)))
-        correct_bias(result, calibration)
+        correct_bias(result, calibration)  # the quick stand-in for the AdaRound of the recipe's run
         content = convert(result)
         row = {"size_bytes": len(content), "accuracy": accuracy(np.asarray(Session(content).predict(x)), labels)}
         verified.append({"choices": dict(mixture), **row})
     chosen = recipe.model_dump()
     chosen["quantize"] |= options(found.chosen.choices)
-    if any(get_scheme(name).weights.bits < 8 for name in set(found.chosen.choices.values()) - {FLOAT}):
-        # Few bits leave much to rounding; the verification's bias correction is the quick stand-in for it.
-        chosen["quantize"] |= {"adaround": {"steps": 1000}}
     return Recipe.model_validate(chosen), {"budget": bound, "what": budget.what, **asdict(found), "verified": verified}
 
 

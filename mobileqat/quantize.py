@@ -286,10 +286,10 @@ def _build(
 
 
 def _weight_range(wanted: str, spec: QuantSpec | None) -> str:
-    """What "auto" stands for: few integers are worth saturating some weights for, 255 are not, and two cannot."""
+    """What "auto" stands for: few integers are worth saturating some weights for."""
     if wanted != "auto":
         return wanted
-    return "learned" if spec is not None and 2 <= spec.bits < 8 else "maxabs"
+    return "learned" if spec is not None and spec.is_coarse else "maxabs"
 
 
 def _layer_name(prefix: str, path: str, taken: set[str]) -> str:

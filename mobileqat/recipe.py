@@ -248,10 +248,15 @@ DEFAULT_PERCENTILE = 99.99
 
 
 class AdaRound(Section):
-    """Learned rounding of weights before any training (Nagel et al. 2020); worth its time below 8 bits."""
+    """Learned rounding of weights before any training (Nagel et al. 2020)."""
 
-    steps: int = Field(default=0, ge=0, description="per layer, such as 1000; 0 rounds to nearest")
-    samples: int = Field(default=1024, ge=1, description="training examples; a layer's values on all are in memory")
+    steps: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
+        default="auto",
+        description="per layer; 0 rounds to nearest; auto: 300 where a kernel has 2 to 7 bits, else 0",
+    )
+    samples: int = Field(
+        default=1024, ge=1, description="training examples; fewer where a layer's values on them would take over 2 GiB"
+    )
     batch_size: int = Field(default=32, ge=1, description="examples per step")
     learning_rate: float = Field(default=0.03, gt=0, description="of Adam")
 

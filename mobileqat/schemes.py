@@ -38,6 +38,11 @@ class QuantSpec:
         return self.bits == 1
 
     @property
+    def is_coarse(self) -> bool:
+        """2 to 7 bits: so few integers that scales and rounding are worth fitting, and more than two signs."""
+        return 2 <= self.bits < 8
+
+    @property
     def qmax(self) -> int:
         return max(2 ** (self.bits - 1) - 1, 1)
 

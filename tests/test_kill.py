@@ -22,7 +22,7 @@ deterministic: true
 data: {source: digits, calibration_samples: 32, augment: {shift: 1}}
 model: {name: dscnn, args: {filters: 8, blocks: 1}}
 float: {epochs: 3, batch_size: 64, learning_rate: 0.01}
-quantize: {scheme: w4a8, weight_range: learned}
+quantize: {scheme: w4a8, adaround: {steps: 5}}
 qat: {epochs: 4, batch_size: 64, learning_rate: 0.001, weight_ema: 0.9, freeze_oscillations: 0.1}
 bench: {enabled: false}
 parity: {samples: 8}

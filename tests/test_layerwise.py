@@ -8,7 +8,7 @@ from keras import layers as L
 
 from mobileqat.calibrate import calibrate
 from mobileqat.errors import CalibrationError, DataError, ModelError
-from mobileqat.layerwise import shared_layers, walk
+from mobileqat.layerwise import bytes_per_sample, shared_layers, walk
 from mobileqat.quantize import quantize_model, strip
 
 X = np.random.default_rng(0).normal(size=(10, 6, 6, 2)).astype(np.float32)
@@ -53,6 +53,15 @@ def test_changes_reach_the_integers_and_not_the_float_values():
         np.testing.assert_array_equal(step.float_output, expected)
     (after,) = (step for step in steps if step.wrapper.operator.name == "add")
     assert len(np.unique(after.inputs[1])) <= 2 < len(np.unique(after.float_inputs[1]))
+
+
+def test_memory():
+    """A residual block: its input is held until the sum, beside the second layer's input and output."""
+    x = keras.Input((6, 6, 2), name="x")
+    first = L.Conv2D(8, 1, name="first")(x)
+    inner = L.Conv2D(32, 1, name="wide")(first)
+    model = keras.Model(x, L.Add(name="add")([first, L.Conv2D(8, 1, name="narrow")(inner)]))
+    assert bytes_per_sample(quantize_model(model)) == 2 * 4 * 36 * (8 + 32 + 8)
 
 
 def test_shared_layers():

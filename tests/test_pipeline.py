@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 
-from mobileqat import flatbuffer, pipeline
+from mobileqat import flatbuffer, models, pipeline
 from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.data import load_dataset
 from mobileqat.errors import (
@@ -27,10 +27,11 @@ from mobileqat.errors import (
     TrainingError,
     UnsupportedModelError,
 )
+from mobileqat.layerwise import bytes_per_sample
 from mobileqat.metadata import read_metadata
 from mobileqat.models import load_model
-from mobileqat.quantize import strip
-from mobileqat.recipe import dump_recipe, load_recipe, parse_recipe
+from mobileqat.quantize import quantize_model, strip
+from mobileqat.recipe import AdaRound, dump_recipe, load_recipe, parse_recipe
 
 SMALL = (
     "model.args={filters: 32, blocks: 2}",
@@ -184,7 +185,7 @@ def test_the_program_beside_a_file_answers_as_was_evaluated(small_run, variant):
 def test_techniques_before_training_repair_few_bits(small_run, tmp_path):
     weights = small_run[0] / "models" / "float.keras"
     plain = [f"model.weights={weights}", "model.name=null", "float.epochs=0", "qat.enabled=false"]
-    plain += ["bench.enabled=false", "quantize.scheme=w3a8"]
+    plain += ["bench.enabled=false", "quantize.scheme=w3a8", "quantize.adaround.steps=0"]
     techniques = ["equalize=true", "correct_bias=true", "adaround={steps: 100, samples: 128}"]
     techniques = [f"quantize.{technique}" for technique in techniques]
     accuracies = {}
@@ -197,6 +198,31 @@ def test_techniques_before_training_repair_few_bits(small_run, tmp_path):
     rounded = {row["operator"] for row in notes["rounded"]}
     assert rounded == {row["layers"][0] for row in notes["plan"] if row["weight_bits"]} and notes["equalized"]
     assert all(row["error"] <= row["error_before"] for row in notes["rounded"])
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"scheme": "w8a8"}, None),
+        ({"scheme": "w8a16"}, None),
+        ({"scheme": "w1a8"}, None),
+        ({"scheme": "w7a8"}, 300),
+        ({"scheme": "w2a8"}, 300),
+        ({"scheme": "w8a8", "layers": {"classes": "w4a8"}}, 300),
+    ],
+)
+def test_few_bits_are_rounded_by_adaround_unless_told_otherwise(options, steps, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pipeline, "adaround", lambda model, x, **given: calls.append((len(x), given)) or [])
+    dataset, model = load_dataset("digits"), models.build_model("dscnn", (8, 8, 1), 10, {"filters": 4, "blocks": 1})
+    quantized = quantize_model(model, **options)
+    pipeline._adaround(quantized, dataset, AdaRound(), seed=3)
+    pipeline._adaround(quantized, dataset, AdaRound(steps=0), seed=3)
+    assert calls == ([(1024, {"steps": steps, "seed": 3, "batch_size": 32, "learning_rate": 0.03})] if steps else [])
+    pipeline._adaround(quantized, dataset, AdaRound(steps=7, samples=40), seed=3)
+    monkeypatch.setattr(pipeline, "LAYERWISE_BYTES", 20 * bytes_per_sample(quantized))
+    pipeline._adaround(quantized, dataset, AdaRound(steps=7, samples=40), seed=3)
+    assert [count for count, given in calls[-2:] if given["steps"] == 7] == [40, 20]
 
 
 def test_the_report_is_what_was_returned(small_run):

@@ -23,6 +23,7 @@ SCHEME = "w4a8"
 BASELINE: Overrides = {
     "quantize.narrow_storage": False,
     "quantize.weight_range": "maxabs",
+    "quantize.adaround.steps": 0,
     "quantize.learn_activation_ranges": False,
     "qat.distillation": 0.0,
     "qat.epochs": 2,
@@ -42,8 +43,13 @@ VARIANTS: dict[str, Overrides] = {
     "start_after": {"qat.start_after": 0.5},
     "equalize": {"quantize.equalize": True},
     "correct_bias": {"quantize.correct_bias": True},
-    "adaround": {"quantize.adaround.steps": 300, "quantize.adaround.samples": 256},
+    "adaround": {"quantize.adaround.steps": 300},
     "learned_and_distilled": {"quantize.weight_range": "learned", "qat.distillation": 0.5},
+    "adaround_learned_and_distilled": {
+        "quantize.adaround.steps": 300,
+        "quantize.weight_range": "learned",
+        "qat.distillation": 0.5,
+    },
 }
 
 

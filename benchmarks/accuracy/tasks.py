@@ -61,13 +61,11 @@ TASKS = {
         "MobileNetV1-0.25, Fashion-MNIST",
         "fashion_mnist_mobilenetv1_w8a8",
         ("conv", "classes"),
-        w4={"qat.epochs": 6},
     ),
     "mobilenetv3": Task(
         "MobileNetV3-Small-0.5, CIFAR-10",
         "cifar10_mobilenetv3_w8a8",
         ("conv", "classes"),
-        w4={"qat.epochs": 8},
     ),
     "fsdd": Task(
         "DS-CNN, spoken digits (FSDD, official split)",
@@ -84,7 +82,6 @@ TASKS = {
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
         "trashnet_mobilenetv2_w8a8",
         ("conv", "classes"),
-        w4={"qat.epochs": 16},
         tfmot_batch=16,
     ),
     "kws": Task(
@@ -100,9 +97,9 @@ TASKS = {
 # Ours: the overrides of each scheme, and whether it is run with every seed or with the first alone.
 SCHEMES: dict[str, tuple[Overrides, bool]] = {
     "w8a8": ({}, True),
-    "w4a8": ({"quantize.scheme": "w4a8", "quantize.weight_range": "learned"}, True),
+    "w4a8": ({"quantize.scheme": "w4a8"}, True),
     "w8a16": ({"quantize.scheme": "w8a16"}, False),
-    "w4a8-edges8": ({"quantize.scheme": "w4a8", "quantize.weight_range": "learned"}, False),
+    "w4a8-edges8": ({"quantize.scheme": "w4a8"}, False),
 }
 PEERS = {"converter": True, "converter-w8a16": False, "tfmot": True}
 
