@@ -137,7 +137,7 @@ class _Layer:
                     loss = error + _regularization(up, tf.cast(index, tf.float32) / steps)
                 optimizer.apply([tape.gradient(loss, v.value)], [v])
 
-        optimize()
+        optimize.get_concrete_function()()  # a plain call would warn of the tracing, once per layer, that is meant
         return _rectified_sigmoid(v.value)
 
     def _integers(self, up):

@@ -50,6 +50,12 @@ VARIANTS: dict[str, Overrides] = {
         "quantize.weight_range": "learned",
         "qat.distillation": 0.5,
     },
+    "these_at_a_tenth_of_the_rate": {
+        "quantize.adaround.steps": 300,
+        "quantize.weight_range": "learned",
+        "qat.distillation": 0.5,
+        "qat.learning_rate": 1e-4,
+    },
 }
 
 

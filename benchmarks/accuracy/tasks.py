@@ -61,11 +61,13 @@ TASKS = {
         "MobileNetV1-0.25, Fashion-MNIST",
         "fashion_mnist_mobilenetv1_w8a8",
         ("conv", "classes"),
+        w4={"qat.learning_rate": 1e-4, "qat.epochs": 2},
     ),
     "mobilenetv3": Task(
         "MobileNetV3-Small-0.5, CIFAR-10",
         "cifar10_mobilenetv3_w8a8",
         ("conv", "classes"),
+        w4={"qat.learning_rate": 1e-4, "qat.epochs": 2},
     ),
     "fsdd": Task(
         "DS-CNN, spoken digits (FSDD, official split)",

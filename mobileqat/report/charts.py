@@ -166,10 +166,10 @@ def _draw_tradeoff(results: Mapping[str, Any]) -> Chart | None:
         return None
     figure, places_of = panels(230, columns=len(axes_of))
     for axes, (label, quantity, _) in zip(places_of, axes_of, strict=True):
-        for name, share in shares.items():
+        for size, (name, share) in zip((12, 9, 6), shares.items(), strict=False):  # so that equal ones can be seen
             value = quantity(variants[name])
             if value is not None:
-                axes.plot(value, 100 * share, MARKERS[name], ms=8, color=COLOURS[name], label=VARIANTS[name])
+                axes.plot(value, 100 * share, MARKERS[name], ms=size, color=COLOURS[name], label=VARIANTS[name])
         axes.set_xlim(left=0, right=1.15 * max([quantity(variants[name]) or 0 for name in shares]) or 1)
         _percent_limits(axes, shares.values())
         axes.grid()
