@@ -365,11 +365,11 @@ def _ptq(run: Run) -> dict:
 
 
 def _quantize(run: Run, model: keras.Model) -> QuantizedModel:
-    known = run.recipe.quantize.input_range
+    known, qat = run.recipe.quantize.input_range, run.recipe.qat
     return quantize_model(
         model,
         input_range=run.dataset.value_range if known == "data" else known,
-        ema_decay=run.recipe.qat.ema_decay,
+        ema_decay=qat.ema_decay or (0.9 if qat.from_scratch else 0.99),
         **_plan_options(run, model),
     )
 
@@ -380,7 +380,7 @@ def _calibration_samples(run: Run) -> np.ndarray:
 
 def _adaround(model: QuantizedModel, dataset: Dataset, settings: AdaRound, seed: int) -> list[Rounding]:
     steps = settings.steps
-    if steps == "auto":
+    if steps is None:
         specs = [operator.weight_spec for operator in model.plan.operators]
         steps = DEFAULT_STEPS if any(spec is not None and spec.is_coarse for spec in specs) else 0
     if steps == 0:

@@ -212,7 +212,13 @@ class QatTraining(Training):
     range_learning_rate: float = Field(
         default=1.0, gt=0, description="learning rate of trained ranges and weight scales, relative to learning_rate"
     )
-    ema_decay: float = Field(default=0.99, gt=0, lt=1, description="decay of the moving activation ranges, per step")
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of the moving activation ranges, per step; null: 0.99, or 0.9 from scratch, where ranges "
+        "grow and what lies beyond them gets no gradient",
+    )
     freeze_observers_after: Share = Field(
         default=0.5, description="share of training after which activation ranges stay as they are"
     )
@@ -250,9 +256,8 @@ DEFAULT_PERCENTILE = 99.99
 class AdaRound(Section):
     """Learned rounding of weights before any training (Nagel et al. 2020)."""
 
-    steps: Literal["auto"] | Annotated[int, Field(ge=0)] = Field(
-        default="auto",
-        description="per layer; 0 rounds to nearest; auto: 300 where a kernel has 2 to 7 bits, else 0",
+    steps: int | None = Field(
+        default=None, ge=0, description="per layer; 0: to nearest; null: 300 where a kernel has 2 to 7 bits, else 0"
     )
     samples: int = Field(
         default=1024, ge=1, description="training examples; fewer where a layer's values on them would take over 2 GiB"

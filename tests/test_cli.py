@@ -383,7 +383,7 @@ def test_search_writes_a_recipe_that_trains(folder, tmp_path):
     assert "(chosen)" in result.stdout and str(recipe) in result.stdout
     settings = load_recipe(recipe).quantize
     assert settings.scheme == "w4a8" or set(settings.layers.values()) == {"w4a8"}
-    assert settings.adaround.steps == "auto" and not settings.correct_bias
+    assert settings.adaround.steps is None and not settings.correct_bias
     overrides = (
         "quantize.adaround.steps=5",
         "qat.epochs=1",

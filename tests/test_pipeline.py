@@ -586,6 +586,22 @@ def test_qat_from_scratch_starts_where_float_training_starts(tmp_path):
     assert accuracies["qat"] < accuracies["ptq"] - 0.2
 
 
+def test_qat_from_scratch_learns_what_float_training_learns(tmp_path):
+    """Ranges keep up with outputs that grow: beyond them, values get no gradient, and classes stay unlearned."""
+    settings = [
+        "model.args={filters: 32, blocks: 2}",
+        "data.augment.shift=0",
+        "parity.samples=2",
+        "bench.enabled=false",
+    ]
+    for section in ("float", "qat"):
+        settings += [f"{section}.epochs=6", f"{section}.batch_size=32", f"{section}.learning_rate=0.01"]
+    settings += ["qat.from_scratch=true", "qat.distillation=0"]
+    results = pipeline.train(load_recipe("digits_dscnn_w8a8", settings), tmp_path / "run")
+    accuracies = {name: row["accuracy"]["interpreter"] for name, row in results["variants"].items()}
+    assert accuracies["qat"] >= accuracies["float"] - 0.03
+
+
 def test_classes_that_calibration_never_sees_are_named(tmp_path):
     display = Recorder()
     pipeline.train(tiny("data.calibration_samples=3", "qat.enabled=false"), tmp_path / "run", display=display)

@@ -67,7 +67,7 @@ TASKS = {
         "MobileNetV3-Small-0.5, CIFAR-10",
         "cifar10_mobilenetv3_w8a8",
         ("conv", "classes"),
-        w4={"qat.learning_rate": 1e-4, "qat.epochs": 2},
+        w4={"qat.epochs": 8},
     ),
     "fsdd": Task(
         "DS-CNN, spoken digits (FSDD, official split)",
