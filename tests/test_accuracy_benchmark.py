@@ -159,17 +159,20 @@ def test_a_scheme_that_is_not_there_is_said_and_tried_again(runner, tmp_path, ca
 
 def test_table_says_why_a_peer_has_no_row():
     import table
+    import tasks
 
     row = {"accuracy": 0.9, "samples": 10, "size_bytes": 7, "fully_integer": True, "identical": 0.999}
+    mark = tasks.fingerprint(tasks.Cell("fsdd", "w8a8", 0), False, "digest")
     found = {
-        "float/0": {"status": "done", "rows": {"float": row}},
+        "float/0": {"status": "done", "rows": {"float": row}, "weights": "digest"},
         "tfmot/0": {"status": "refused", "reason": "TFMOT cannot | do it"},
-        "w8a8/0": {"status": "done", "rows": {"qat": row}},
-        "w4a8/0": {"status": "done", "rows": {"qat": row}},
+        "w8a8/0": {"status": "done", "rows": {"qat": row}, "fingerprint": mark},
+        "w4a8/0": {"status": "done", "rows": {"qat": row}, "fingerprint": "of another recipe"},
     }
     text = table.accuracy_table({"fsdd": found})
     assert "| TFMOT QAT w8a8 | TFMOT cannot / do it | | | | |  |" in text
     assert "| **ours QAT w8a8** | 90.00 | 1 | 7 | yes | 99.900% | theirs: none |" in text
+    assert "| **ours QAT w4a8** (old) | 90.00 |" in text and "(old): measured with other settings" in text
 
 
 def test_ablation_table():

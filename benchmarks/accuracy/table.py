@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import mean
 
-from tasks import SCHEMES, TASKS, TFMOT_STEPS
+from tasks import SCHEMES, TASKS, TFMOT_STEPS, Cell, fingerprint
 
 # Whose rows stand beside ours, by scheme; where nobody else can do a scheme there is nothing to compare.
 THEIRS: dict[str, tuple[tuple[str, str], ...]] = {
@@ -43,10 +43,13 @@ def accuracy_table(tasks: dict[str, dict]) -> str:
     """The document: `tasks` holds each task's cells as `run.Results` keeps them."""
     lines = ["# Accuracy in the interpreter, on whole test sets", "", *provenance(tasks, "run.py"), "", *NOTES]
     for name, found in tasks.items():
-        lines += ["", f"## {TASKS[name].title}", "", HEADER, *rows_of(found)]
+        lines += ["", f"## {TASKS[name].title}", "", HEADER, *rows_of(name, found)]
+    if any(OLD in line for line in lines):
+        lines += ["", f"{OLD}: measured with other settings than those of now; `run.py` measures it anew."]
     return "\n".join(lines) + "\n"
 
 
+OLD = "(old)"
 NOTES = (
     "All rows of a task start from the same float weights. Mean over seeds, in brackets lowest to highest. Ours and "
     "the converter calibrate on the same training samples. TFMOT trains with our epochs, learning rate and "
@@ -71,16 +74,29 @@ def provenance(tasks: dict[str, dict], script: str) -> list[str]:
     return [f"{days}, {'; '.join(machines)}, {shown}. Made by `benchmarks/accuracy/{script}`."]
 
 
-def rows_of(found: dict) -> Iterator[str]:
+def rows_of(name: str, found: dict) -> Iterator[str]:
     yield line(collect(found, "float", "float", "float"), "")
     for what, variant in (pair for pairs in THEIRS.values() for pair in pairs):
         if any(key.startswith(f"{what}/") for key in found):
             yield line(collect(found, what, variant, NAMES[what]), "")
     for scheme in SCHEMES:
         for variant in ("ptq", "qat"):
-            ours = collect(found, scheme, variant, f"**ours {variant.upper()} {scheme}**")
+            mark = f" {OLD}" if is_old(name, scheme, found) else ""
+            ours = collect(found, scheme, variant, f"**ours {variant.upper()} {scheme}**{mark}")
             if ours.accuracies or (ours.reason and variant == "ptq"):
                 yield line(ours, compare(found, scheme, variant, ours))
+
+
+def is_old(name: str, scheme: str, found: dict) -> bool:
+    """Whether cells of a scheme were measured with another recipe than the present one, or from another float model."""
+    start = found.get("float/0", {}).get("weights")
+    for key, record in found.items():
+        what, _, seed = key.rpartition("/")
+        if what == scheme and "rows" in record:
+            marks = {fingerprint(Cell(name, scheme, int(seed)), quick, start) for quick in (False, True)}
+            if record["fingerprint"] not in marks:
+                return True
+    return False
 
 
 def collect(found: dict, what: str, variant: str, label: str) -> Row:
