@@ -72,6 +72,7 @@ from mobileqat.recipe import AdaRound, PathSource, Recipe, Training, dump_recipe
 from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, SharedDirectory, write_whole
 from mobileqat.runtime import Session
+from mobileqat.schedule import reestimate_batch_norm, train_with
 from mobileqat.schemes import get_scheme
 from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import History, fit
@@ -365,11 +366,11 @@ def _ptq(run: Run) -> dict:
 
 
 def _quantize(run: Run, model: keras.Model) -> QuantizedModel:
-    known, qat = run.recipe.quantize.input_range, run.recipe.qat
+    known = run.recipe.quantize.input_range
     return quantize_model(
         model,
         input_range=run.dataset.value_range if known == "data" else known,
-        ema_decay=qat.ema_decay or (0.9 if qat.from_scratch else 0.99),
+        ema_decay=run.recipe.qat.ema_decay,
         **_plan_options(run, model),
     )
 
@@ -396,8 +397,14 @@ def _qat(run: Run) -> dict | None:
         return None
     with run.strategy.scope():
         if run.recipe.qat.from_scratch:
-            model = _quantize(run, run.model("initial"))
-            calibrate(model, _calibration_samples(run))
+            model, samples = _quantize(run, run.model("initial")), _calibration_samples(run)
+            calibrate(model, samples)
+            # BatchNormalization that was never trained changes nothing: these ranges are of far smaller values than
+            # those of a training step, which would give no gradient to what lies beyond.
+            train_with(model, quantizing=False)
+            reestimate_batch_norm(model, [samples])
+            train_with(model)
+            calibrate(model, samples)
         else:
             # A copy by way of the file: the PTQ model stays as it was calibrated.
             model = models.load_model(run.directory.path / "models" / "ptq.keras")

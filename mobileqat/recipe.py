@@ -212,13 +212,7 @@ class QatTraining(Training):
     range_learning_rate: float = Field(
         default=1.0, gt=0, description="learning rate of trained ranges and weight scales, relative to learning_rate"
     )
-    ema_decay: float | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="decay of the moving activation ranges, per step; null: 0.99, or 0.9 from scratch, where ranges "
-        "grow and what lies beyond them gets no gradient",
-    )
+    ema_decay: float = Field(default=0.99, gt=0, lt=1, description="decay of the moving activation ranges, per step")
     freeze_observers_after: Share = Field(
         default=0.5, description="share of training after which activation ranges stay as they are"
     )

@@ -586,8 +586,9 @@ def test_qat_from_scratch_starts_where_float_training_starts(tmp_path):
     assert accuracies["qat"] < accuracies["ptq"] - 0.2
 
 
-def test_qat_from_scratch_learns_what_float_training_learns(tmp_path):
-    """Ranges keep up with outputs that grow: beyond them, values get no gradient, and classes stay unlearned."""
+@pytest.mark.parametrize("learns", ["false", "true"])
+def test_qat_from_scratch_learns_what_float_training_learns(learns, tmp_path):
+    """Beyond too small ranges values get no gradient, and classes stay unlearned."""
     settings = [
         "model.args={filters: 32, blocks: 2}",
         "data.augment.shift=0",
@@ -596,7 +597,7 @@ def test_qat_from_scratch_learns_what_float_training_learns(tmp_path):
     ]
     for section in ("float", "qat"):
         settings += [f"{section}.epochs=6", f"{section}.batch_size=32", f"{section}.learning_rate=0.01"]
-    settings += ["qat.from_scratch=true", "qat.distillation=0"]
+    settings += ["qat.from_scratch=true", "qat.distillation=0", f"quantize.learn_activation_ranges={learns}"]
     results = pipeline.train(load_recipe("digits_dscnn_w8a8", settings), tmp_path / "run")
     accuracies = {name: row["accuracy"]["interpreter"] for name, row in results["variants"].items()}
     assert accuracies["qat"] >= accuracies["float"] - 0.03
