@@ -90,7 +90,7 @@ def bytes_per_sample(model: QuantizedModel) -> int:
     for operator in model.plan.operators:
         live.add(operator.output)
         most = max(most, sum(sizes[name] for name in live))
-        live -= {name for name in operator.inputs if last_reader[name] == operator.name}
+        live -= {name for name in _inputs(model, operator) if last_reader[name] == operator.name}
     return 2 * np.dtype(np.float32).itemsize * most  # the float values and the quantized ones
 
 

@@ -402,7 +402,7 @@ def _qat(run: Run) -> dict | None:
             # BatchNormalization that was never trained changes nothing: these ranges are of far smaller values than
             # those of a training step, which would give no gradient to what lies beyond.
             train_with(model, quantizing=False)
-            reestimate_batch_norm(model, [samples])
+            reestimate_batch_norm(model, [samples[i : i + 64] for i in range(0, len(samples), 64)])
             train_with(model)
             calibrate(model, samples)
         else:

@@ -28,6 +28,11 @@ BASELINE: Overrides = {
     "qat.distillation": 0.0,
     "qat.epochs": 2,
 }
+TOGETHER: Overrides = {
+    "quantize.adaround.steps": 300,
+    "quantize.weight_range": "learned",
+    "qat.distillation": 0.5,
+}
 VARIANTS: dict[str, Overrides] = {
     "baseline": {},
     "weight_range_mse": {"quantize.weight_range": "mse"},
@@ -45,17 +50,8 @@ VARIANTS: dict[str, Overrides] = {
     "correct_bias": {"quantize.correct_bias": True},
     "adaround": {"quantize.adaround.steps": 300},
     "learned_and_distilled": {"quantize.weight_range": "learned", "qat.distillation": 0.5},
-    "adaround_learned_and_distilled": {
-        "quantize.adaround.steps": 300,
-        "quantize.weight_range": "learned",
-        "qat.distillation": 0.5,
-    },
-    "these_at_a_tenth_of_the_rate": {
-        "quantize.adaround.steps": 300,
-        "quantize.weight_range": "learned",
-        "qat.distillation": 0.5,
-        "qat.learning_rate": 1e-4,
-    },
+    "adaround_learned_and_distilled": TOGETHER,
+    "these_at_a_tenth_of_the_rate": {**TOGETHER, "qat.learning_rate": 1e-4},
 }
 
 

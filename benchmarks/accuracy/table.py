@@ -80,8 +80,8 @@ def rows_of(name: str, found: dict) -> Iterator[str]:
         if any(key.startswith(f"{what}/") for key in found):
             yield line(collect(found, what, variant, NAMES[what]), "")
     for scheme in SCHEMES:
+        mark = f" {OLD}" if is_old(name, scheme, found) else ""
         for variant in ("ptq", "qat"):
-            mark = f" {OLD}" if is_old(name, scheme, found) else ""
             ours = collect(found, scheme, variant, f"**ours {variant.upper()} {scheme}**{mark}")
             if ours.accuracies or (ours.reason and variant == "ptq"):
                 yield line(ours, compare(found, scheme, variant, ours))
@@ -171,7 +171,7 @@ def ablation_table(tasks: dict[str, dict]) -> str:
             if qat.accuracy is None:
                 lines.append(f"| {label} | {cell_text(qat.reason)} | | |")
                 continue
-            changes = [qat - baseline[seed] for seed, qat in qat_by_seed(found, what).items() if seed in baseline]
+            changes = [own - baseline[seed] for seed, own in qat_by_seed(found, what).items() if seed in baseline]
             change = f"{100 * mean(changes):+.2f}" if changes else ""
             lines.append(f"| {label} | {percent(ptq.accuracies)} | {percent(qat.accuracies)} | {change} |")
     return "\n".join(lines) + "\n"
