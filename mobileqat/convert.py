@@ -24,6 +24,7 @@ from mobileqat.fakequant import FakeQuantize
 from mobileqat.flatbuffer import AlignedBuffer
 from mobileqat.models import check_finite_weights
 from mobileqat.numerics import SMALLEST_SCALE
+from mobileqat.operands import SMALLEST_STEEPNESS
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT, GONE
 from mobileqat.wrappers import QuantizeWrapper
@@ -124,6 +125,11 @@ def check_ranges(model: QuantizedModel) -> None:
             f"{', '.join(missing[:5])}{', ...' if len(missing) > 5 else ''}. Run mobileqat.calibrate(model, data), or "
             "train for at least one step."
         )
+    betas = {
+        wrapper.operator.inputs[0]: wrapper.layer.options.get("beta", 1.0)
+        for wrapper in model.operators.values()
+        if wrapper.operator.kind == "SOFTMAX"
+    }
     for name, quantizer in model.quantizers.items():
         ranges = quantizer.ranges()
         if not np.isfinite(ranges).all():
@@ -131,7 +137,10 @@ def check_ranges(model: QuantizedModel) -> None:
                 f"The range of activation tensor '{name}' is {ranges.tolist()}. Expected finite numbers: the "
                 "calibration data or the model's weights hold NaN or infinity."
             )
-        if quantizer.is_learned and not model.plan.is_constant(name) and quantizer.grid()[0] <= SMALLEST_SCALE:
+        if not quantizer.is_learned or model.plan.is_constant(name):
+            continue
+        scale = quantizer.grid()[0]
+        if scale <= SMALLEST_SCALE or scale * betas.get(name, np.inf) <= SMALLEST_STEEPNESS:
             raise CalibrationError(
                 f"The range of activation tensor '{name}' has collapsed to zero: {ranges.tolist()}. Calibrate "
                 "on data the model reacts to, or remove the dead layer."

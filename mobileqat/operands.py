@@ -78,6 +78,8 @@ _SCALE_RATIO = {
     **dict.fromkeys(("ADD", "SUB"), (2.0**-30, 2.0**14)),
     **dict.fromkeys(("BATCH_MATMUL", "QUANTIZE"), (2.0**-60, 2.0**60)),
 }
+# The integer softmax multiplies by beta * scale * 2**26, which has to be more than 1.
+SMALLEST_STEEPNESS = 2.0**-26
 _LARGEST_WINDOW = 2**15  # of strides, dilations and filters along one axis
 
 
@@ -190,8 +192,7 @@ def _softmax_is_steep(operator: Operator, tensors: Sequence[Tensor]) -> Iterator
     beta = operator.options.get("beta")
     scales = tensors[operator.inputs[0]].scales
     steepness = math.nan if beta is None else beta * (1.0 if scales is None else float(scales[0]))
-    # The integer kernel multiplies by beta * scale * 2**26, which has to be more than 1.
-    if not 2.0**-26 < steepness < math.inf:
+    if not SMALLEST_STEEPNESS < steepness < math.inf:
         yield f"has beta {beta} and input scales {scales}"
 
 

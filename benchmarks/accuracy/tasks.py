@@ -33,6 +33,7 @@ class Task:
         edges: patterns of the first and the last layer, which stay at 8 bits in the mixed scheme.
         overrides: for every cell of the task, beside those of the scheme.
         w4: further overrides for 4-bit weights: their training takes longer.
+        more_seeds: schemes that get every seed here and one elsewhere: QAT and PTQ are so close that one does not tell.
         tfmot_batch: batch size of TFMOT, small enough that its moving averages arrive in a few epochs.
         trains: whether there is data to train on.
         keras2: SavedModel below MOBILEQAT_DATA to import as the float model.
@@ -44,6 +45,7 @@ class Task:
     edges: tuple[str, str]
     overrides: Overrides = field(default_factory=dict)
     w4: Overrides = field(default_factory=dict)
+    more_seeds: tuple[str, ...] = ()
     tfmot_batch: int = 32
     trains: bool = True
     keras2: str | None = None
@@ -62,6 +64,7 @@ TASKS = {
         "fashion_mnist_mobilenetv1_w8a8",
         ("conv", "classes"),
         w4={"qat.learning_rate": 1e-4, "qat.epochs": 2},
+        more_seeds=("w8a16",),
     ),
     "mobilenetv3": Task(
         "MobileNetV3-Small-0.5, CIFAR-10",
@@ -79,6 +82,7 @@ TASKS = {
         "fsdd_dscnn_w8a8",
         ("conv", "classes"),
         {"data.options.split": "speakers"},
+        more_seeds=("w4a8-edges8",),
     ),
     "trashnet": Task(
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
@@ -147,7 +151,7 @@ def cells(seeds: int) -> Iterator[Cell]:
     """All cells in the order in which they run: a task's float model first."""
     for name, task in TASKS.items():
         yield Cell(name, "float", 0)
-        rows = {scheme: every_seed for scheme, (_, every_seed) in SCHEMES.items()} | PEERS
+        rows = {scheme: every or scheme in task.more_seeds for scheme, (_, every) in SCHEMES.items()} | PEERS
         if not task.trains:
             # No training, and so few samples that all of them calibrate: nothing depends on the seed.
             rows = {what: False for what in rows if what != "tfmot"}
