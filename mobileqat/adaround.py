@@ -77,12 +77,14 @@ def adaround(
         A row per operator with weights of its own.
 
     Raises:
-        CalibrationError: a range is missing, there is no sample, or a number is not positive.
+        CalibrationError: a range is missing, there is no sample, one is not finite, or a number is not positive or
+            (steps, batch_size) not whole.
         DataError: samples that do not fit the model's inputs.
     """
-    if min(steps, batch_size, learning_rate) <= 0:
+    are_whole = all(isinstance(number, int) for number in (steps, batch_size))
+    if not are_whole or min(steps, batch_size, learning_rate) <= 0:
         raise CalibrationError(
-            "adaround needs a positive number of steps, batch_size and learning_rate. "
+            "adaround needs whole positive numbers as steps and batch_size, and a positive learning_rate. "
             f"Received: {steps}, {batch_size}, {learning_rate}"
         )
     shared, rows = shared_layers(model), []

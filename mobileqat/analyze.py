@@ -18,7 +18,7 @@ import tensorflow as tf
 from mobileqat.calibrate import as_arrays
 from mobileqat.errors import ModelError
 from mobileqat.fakequant import FakeQuantize
-from mobileqat.layerwise import Step, walk
+from mobileqat.layerwise import Step, require_twin, walk
 from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT
@@ -31,6 +31,7 @@ BINS = 64
 LOUD_OUTLIERS = 4.0
 LARGE_IMBALANCE = 30.0
 MUCH_CLIPPED = 0.01
+FEW_SAMPLES = 32  # so few say nothing of how values are spread
 NOISE_SAMPLES = 2  # a metric that so many samples decide is taken as unchanged
 
 
@@ -145,7 +146,13 @@ class Analysis:
         return asdict(self)
 
 
-def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, batch_size: int = 64) -> Analysis:
+def analyze(
+    model: QuantizedModel,
+    samples: Any,
+    metric: Metric | None = None,
+    batch_size: int = 64,
+    reference: QuantizedModel | None = None,
+) -> Analysis:
     """Measures what each operator of a quantized model costs.
 
     Args:
@@ -153,16 +160,19 @@ def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, b
         samples: an array [n, ...], or a list or dict of arrays for several inputs; not the ones it was calibrated on.
         metric: of the model's first output on the samples, an array [n, ...]; more is better.
         batch_size: samples that run together.
+        reference: a twin of `model` whose weights count as float: the model as it was calibrated, before AdaRound moved
+            its weights onto their grid. None takes the model's own weights.
 
     Raises:
-        ModelError: not a quantized model.
-        CalibrationError: a range is missing, or there is no sample.
+        ModelError: not a quantized model, or a reference that is no twin of it.
+        CalibrationError: a range is missing, there is no sample, or one is not finite.
         DataError: samples that do not fit the model's inputs.
     """
-    layers = [_measure(step, model) for step in walk(model, samples, batch_size) if is_switchable(model, step.wrapper)]
+    steps = walk(model, samples, batch_size, reference=reference)
+    layers = [_measure(step, model) for step in steps if is_switchable(model, step.wrapper)]
     float_metric = quantized_metric = None
     if metric is not None:
-        switched = SwitchedModel(model)
+        switched = SwitchedModel(model, reference=reference)
 
         def score(choices: dict[str, int]) -> float:
             return metric(switched.predict(samples, choices, batch_size))
@@ -172,8 +182,8 @@ def analyze(model: QuantizedModel, samples: Any, metric: Metric | None = None, b
         for index, layer in enumerate(track(layers, "one layer at a time", "layers")):
             only, without = score({layer.name: 1}), score(all_integer | {layer.name: 0})
             layers[index] = Layer(**vars(layer) | {"only": only, "without": without})
-    layers = [Layer(**vars(layer) | {"advice": tuple(_advice(layer))}) for layer in layers]
     count = len(as_arrays(model, samples)[0])
+    layers = [Layer(**vars(layer) | {"advice": tuple(_advice(layer, count))}) for layer in layers]
     noise = NOISE_SAMPLES / count
     ranked = tuple(sorted(layers, key=partial(_rank, float_metric, noise)))
     recommendation = _recommend(ranked, float_metric, quantized_metric, noise)
@@ -190,16 +200,18 @@ def is_switchable(model: QuantizedModel, wrapper: QuantizeWrapper) -> bool:
 class SwitchedModel:
     """Quantized twins of one float model, as one function whose operators are chosen anew at every call.
 
-    A choice is 0 for float, 1 for the first model's integers, 2 for the second's.  The graph is traced once.
+    A choice is 0 for float, 1 for the first model's integers, 2 for the second's.  The graph is traced once.  Float
+    is with the weights of `reference`, by default of the first model.
 
     Attributes:
         operators: names of those that can be chosen.
     """
 
-    def __init__(self, *models: QuantizedModel):
+    def __init__(self, *models: QuantizedModel, reference: QuantizedModel | None = None):
         if not models or not all(isinstance(model, QuantizedModel) for model in models):
             raise ModelError("Expected models made by quantize_model.")
         self.models = models
+        self.reference = models[0] if reference is None else require_twin(models[0], reference)
         plan = models[0].plan
         wrappers = models[0].operators
         self.operators = [name for name, wrapper in wrappers.items() if is_switchable(models[0], wrapper)]
@@ -219,7 +231,7 @@ class SwitchedModel:
         values = dict(zip(plan.inputs, inputs, strict=True))
         for operator in plan.operators:
             arguments = [values[name] for name in operator.inputs] or [inputs[0]]
-            branches = [partial(_in_float, self.models[0].operators[operator.name], arguments)]
+            branches = [partial(_in_float, self.reference.operators[operator.name], arguments)]
             if operator.name in self.operators:
                 branches += [partial(_in_integers, model.operators[operator.name], arguments) for model in self.models]
                 choice = choices[self.operators.index(operator.name)]
@@ -323,19 +335,20 @@ def _rank(float_metric: float | None, noise: float, layer: Layer) -> tuple[float
     return -loss if loss > noise else 0.0, min(layer.own_sqnr_db, layer.channel_sqnr_db)
 
 
-def _advice(layer: Layer) -> list[str]:
+def _advice(layer: Layer, samples: int) -> list[str]:
     values, weights, advice = layer.activations, layer.weights, []
+    is_telling = samples >= FEW_SAMPLES
     # A range that a kernel fixes, or that comes from the input, is not this layer's to change.
-    if values.outliers > LOUD_OUTLIERS and values.is_own:
+    if is_telling and values.outliers > LOUD_OUTLIERS and values.is_own:
         share = f"{1 / values.outliers:.0%}"
         advice.append(f"outliers: 99.9 % of the values take {share} of the grid; calibrate with percentile or mse")
     if values.clipped > MUCH_CLIPPED and values.is_own:
         advice.append(f"clipped: {values.clipped:.1%} of the values lie beyond the grid; calibrate on other data")
-    if values.imbalance > LARGE_IMBALANCE:
+    if is_telling and values.imbalance > LARGE_IMBALANCE:
         advice.append(f"the widest channel has {values.imbalance:.0f} times the usual range; try equalize")
     if weights is not None and weights.bits < 8 and weights.sqnr_db < layer.own_sqnr_db + 3:
         advice.append(f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB); try adaround, or more")
-    if values.dead_channels and values.channels > 1:
+    if is_telling and values.dead_channels and values.channels > 1:
         dead = len(values.dead_channels)
         advice.append(f"{dead} of {values.channels} channels never change; they can be pruned")
     return advice

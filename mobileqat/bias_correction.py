@@ -32,22 +32,25 @@ class BiasCorrection:
     skipped: dict[str, str]
 
 
-def correct_bias(model: QuantizedModel, samples: Any, batch_size: int = 64) -> BiasCorrection:
+def correct_bias(
+    model: QuantizedModel, samples: Any, batch_size: int = 64, reference: QuantizedModel | None = None
+) -> BiasCorrection:
     """Makes the mean of every weighted operator's output that of the float model, by its bias.
 
     Args:
         model: calibrated; the biases, or betas of BatchNormalization, change in place.
         samples: calibration data, an array [n, ...], or a list or dict of arrays for several inputs.
         batch_size: samples that run together.
+        reference: a twin with the float weights, where `adaround` has moved the model's own.
 
     Raises:
-        CalibrationError: a range is missing, or there is no sample.
+        CalibrationError: a range is missing, there is no sample, or one is not finite.
         DataError: samples that do not fit the model's inputs.
     """
     shared = shared_layers(model)
     shifts: dict[str, np.ndarray] = {}
     skipped: dict[str, str] = {}
-    for step in walk(model, samples, batch_size, "bias correction"):
+    for step in walk(model, samples, batch_size, "bias correction", reference):
         operator = step.wrapper.operator
         if step.wrapper.weight_spec is None:
             continue
@@ -71,6 +74,6 @@ def _offset_variable(wrapper: QuantizeWrapper):
 
 def _shift(step: Step) -> np.ndarray:
     """Mean of the float output minus that of the quantized one, before the activation, float32 [channels]."""
-    real = step.run(partial(step.wrapper.linear_call, training=False), step.float_inputs)
+    real = step.run(partial(step.float_wrapper.linear_call, training=False), step.float_inputs)
     rounded = step.run(partial(step.wrapper.linear_call, training=False, quantized=True), step.inputs)
     return np.asarray(np.mean(real - rounded, axis=tuple(range(real.ndim - 1)), dtype=np.float64), np.float32)

@@ -673,19 +673,22 @@ def analyze(
 
     SQNR is the power of a layer's float outputs over that of the error that rounding makes, with float values as its
     inputs, of all channels or of the median one; "alone" is the change of accuracy with only this layer in integers,
-    "all but it" with only this one in float. The layers that cost most come first.
+    "all but it" with only this one in float. The layers that cost most come first. Float is what the model was
+    quantized from: for a run's ptq.keras the calibrated.keras beside it, if its rounding was learned.
 
     \b
     Example:
       mobileqat analyze runs/digits/models/ptq.keras --data digits --out analysis
     """
     with _loading():
-        from mobileqat import models, pipeline
+        from mobileqat import pipeline
     from mobileqat.report.layers import print_analysis, write_analysis
 
+    if out is not None and out.exists() and not out.is_dir():
+        raise MobileQatError(f"'{out}' is a file. Expected a folder to write charts into: --out FOLDER.")
     dataset = pipeline.load_data(source, data_path, image_size, _data_options(data_option))
     _know_classes(module)
-    result = pipeline.analyze_model(models.load_model(model), dataset, scheme, method, samples, limit).to_dict()
+    result = pipeline.analyze_model(model, dataset, scheme, method, samples, limit).to_dict()
     if out is not None:
         write_analysis(result, out)
     if as_json:

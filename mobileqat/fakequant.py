@@ -55,14 +55,16 @@ ESTIMATORS = ("clipped", "identity", "soft")
 SOFTNESS = 0.5  # of the soft estimator: the slope is between 1 - SOFTNESS and 1 + SOFTNESS
 
 
-def fake_quantize(x, scale, bounds, clips, estimator: str = "clipped", round_to_grid: Callable = tf.round):
+def fake_quantize(
+    x, scale, bounds, clips, estimator: str = "clipped", round_to_grid: Callable = tf.round, distance: float = 1.0
+):
     """Values snapped to `scale * {bounds[0], ..., bounds[1]}`, with straight-through gradients.
 
     With r = x / scale, forward is y = scale * round(clip(r, *bounds)).  Backward:
 
         dy/dscale  inside    round(r) - r     (LSQ, Esser et al. 2020)
         dy/dclip   outside   1 for the end that x lies beyond (PACT, Choi et al. 2018; LSQ+, Bhalgat et al. 2020)
-        dy/dx      inside    1;  soft: 1 - SOFTNESS * cos(2 pi r), steep where rounding jumps and flat between
+        dy/dx      inside    1;  soft: 1 - SOFTNESS * cos(2 pi (r - bounds[0]) / distance), steep where rounding jumps
                    outside   0;  identity: 1
 
     Args:
@@ -72,11 +74,13 @@ def fake_quantize(x, scale, bounds, clips, estimator: str = "clipped", round_to_
         clips: real values of the two, as functions of what is learned; only their gradient counts.
         estimator: one of `ESTIMATORS`.
         round_to_grid: from values within the bounds to integers.
+        distance: between two of those: 1, and 2 for signs.
     """
     scaled = tf.stop_gradient(x / scale)
     inside = tf.clip_by_value(scaled, *bounds)
     rounded = tf.stop_gradient(round_to_grid(inside))
-    slope = 1.0 - SOFTNESS * tf.cos(2.0 * np.pi * scaled) if estimator == "soft" else 1.0
+    phase = 2.0 * np.pi / distance * (scaled - bounds[0])
+    slope = 1.0 - SOFTNESS * tf.cos(phase) if estimator == "soft" else 1.0
     within = slope * x + scale * (rounded - scaled)
     low, high = (clip + (x if estimator == "identity" else tf.zeros_like(x)) for clip in clips)
     relaxed = tf.where(scaled < bounds[0], low, tf.where(scaled > bounds[1], high, within))
@@ -132,7 +136,10 @@ def fake_quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpe
         scales = scales * scale_gradient(ratio, step_gradient_factor(count, spec.qmax))
     bounds = (float(spec.qmin), float(spec.qmax))
     clips = [bound * scales for bound in bounds]
-    return fake_quantize(weights, scales, bounds, clips, estimator, lambda scaled: round_weights(scaled, spec))
+    distance = 2.0 if spec.is_binary else 1.0
+    return fake_quantize(
+        weights, scales, bounds, clips, estimator, lambda scaled: round_weights(scaled, spec), distance
+    )
 
 
 def round_weights(scaled, spec: QuantSpec):

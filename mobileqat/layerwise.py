@@ -30,6 +30,7 @@ class Step:
 
     Args:
         wrapper: the operator.
+        float_wrapper: the same with the weights that count as float.
         float_inputs: its inputs in the float model, [n, ...] each.
         inputs: its inputs as the quantized operators before it make them.
         float_output: its output in the float model.
@@ -37,13 +38,20 @@ class Step:
     """
 
     wrapper: QuantizeWrapper
+    float_wrapper: QuantizeWrapper
     float_inputs: list[np.ndarray]
     inputs: list[np.ndarray]
     float_output: np.ndarray
     run: Callable[[Callable, list[np.ndarray]], np.ndarray]
 
 
-def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = "layer by layer") -> Iterator[Step]:
+def walk(
+    model: QuantizedModel,
+    samples: Any,
+    batch_size: int = 64,
+    what: str = "layer by layer",
+    reference: QuantizedModel | None = None,
+) -> Iterator[Step]:
     """Gives every operator in execution order, and runs it in integers once the caller is done with it.
 
     The caller may change the weights of the operator it is given, and of no other.  Values are held in memory until
@@ -54,18 +62,24 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = 
         samples: an array [n, ...], or a list or dict of arrays for several inputs.
         batch_size: samples that run together.
         what: this is for, as progress shows it.
+        reference: a twin of `model` that computes the float values, where the model's own weights are no longer those
+            that it was quantized from, as after AdaRound.
 
     Raises:
-        ModelError: not a quantized model.
-        CalibrationError: a range is missing, or there is no sample.
+        ModelError: not a quantized model, or a reference that is no twin of it.
+        CalibrationError: a range is missing, there is no sample, or one is not finite.
         DataError: samples that do not fit the model's inputs.
     """
     if not isinstance(model, QuantizedModel):
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
     model._require_ranges()
+    float_model = model if reference is None else require_twin(model, reference)
     arrays = as_arrays(model, samples)
     if not len(arrays[0]):
         raise CalibrationError("There is no sample to run the model on.")
+    for name, array in zip(model.plan.inputs, arrays, strict=True):
+        if not np.isfinite(array).all():
+            raise CalibrationError(f"Samples for input '{name}' are not finite (NaN or infinity).")
     run = _Runner(model, batch_size)
     float_values = dict(zip(model.plan.inputs, arrays, strict=True))
     values = {name: run.snap(name, array) for name, array in float_values.items()}
@@ -74,13 +88,29 @@ def walk(model: QuantizedModel, samples: Any, batch_size: int = 64, what: str = 
     for operator, wrapper in track(pairs, what, "operators"):
         names = _inputs(model, operator)
         float_inputs, inputs = [float_values[n] for n in names], [values[n] for n in names]
-        run_this = partial(run, operator)
-        output = run_this(partial(wrapper.float_call, training=False), float_inputs)
-        yield Step(wrapper, float_inputs, inputs, output, run_this)
+        run_this, float_wrapper = partial(run, operator), float_model.operators[operator.name]
+        output = run_this(partial(float_wrapper.float_call, training=False), float_inputs)
+        yield Step(wrapper, float_wrapper, float_inputs, inputs, output, run_this)
         float_values[operator.output], values[operator.output] = output, run_this(wrapper, inputs)
         for name in set(names):
             if last_reader[name] == operator.name:
                 del float_values[name], values[name]
+
+
+def require_twin(model: QuantizedModel, reference: QuantizedModel) -> QuantizedModel:
+    """The reference, if it has the model's operators.
+
+    Raises:
+        ModelError: it has others.
+    """
+    is_quantized = isinstance(reference, QuantizedModel)
+    found, expected = list(reference.operators) if is_quantized else [], list(model.operators)
+    if found != expected:
+        raise ModelError(
+            f"No reference for model '{model.name}': expected one made by quantize_model from the same float model, of "
+            f"operators {', '.join(expected)}. Received: {', '.join(found) or type(reference).__name__}"
+        )
+    return reference
 
 
 def bytes_per_sample(model: QuantizedModel) -> int:

@@ -9,10 +9,12 @@ can be resumed; a check that fails is remembered and raised at the end, after th
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+import re
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
@@ -49,7 +51,7 @@ from mobileqat.convert import check_ranges, convert, convert_float
 from mobileqat.data import Dataset, calibration_samples, classes_not_calibrated, in_batches, load_dataset
 from mobileqat.data.stream import Samples
 from mobileqat.distribute import from_chief, is_multi_worker, lost_workers, make_strategy, worker_index
-from mobileqat.equalize import equalize
+from mobileqat.equalize import Pair, equalize
 from mobileqat.errors import (
     CalibrationError,
     CheckFailed,
@@ -68,7 +70,7 @@ from mobileqat.legacy.ranges import set_ranges
 from mobileqat.metadata import add_metadata, describe
 from mobileqat.plan import QuantPlan
 from mobileqat.quantize import QuantizedModel, quantize_model
-from mobileqat.recipe import AdaRound, PathSource, Recipe, Training, dump_recipe
+from mobileqat.recipe import AdaRound, PathSource, Quantize, Recipe, Training, dump_recipe, parse_recipe
 from mobileqat.rules import GONE
 from mobileqat.rundir import RunDirectory, SharedDirectory, write_whole
 from mobileqat.runtime import Session
@@ -77,6 +79,7 @@ from mobileqat.schemes import get_scheme
 from mobileqat.search import FLOAT, Budget, options, search, weight_bytes
 from mobileqat.train import History, fit
 
+CALIBRATED = "calibrated"  # the PTQ model before its rounding was learned
 LAYERWISE_BYTES = 2 << 30  # what values of layers on AdaRound's samples may take in memory
 VECTORS = 16  # test samples whose outputs on a target must be this machine's
 PROFILED: dict[str, Any] = {"warmup": 3, "runs": 30, "profile": True}  # operator by operator, on this machine
@@ -161,6 +164,10 @@ class Run:
         if variant not in self._models:
             self._models[variant] = models.load_model(self.directory.path / "models" / f"{variant}.keras")
         return self._models[variant]
+
+    def reference(self, variant: str) -> QuantizedModel | None:
+        """The model whose weights count as float where those of `variant` do not: PTQ's, once rounding is learned."""
+        return find_reference(self.directory.path / "models" / f"{variant}.keras")
 
     def file(self, variant: str) -> bytes:
         return (self.directory.path / f"{variant}.tflite").read_bytes()
@@ -353,16 +360,46 @@ def _ptq(run: Run) -> dict:
     equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
+    reference = None
+    if _rounding_steps(model, recipe.quantize.adaround):
+        # Learned rounding moves the weights onto their grid; what that costs shows beside those from before it.
+        run.directory.write(f"models/{CALIBRATED}.keras", model.save)
+        reference = run.reference("ptq")
     rounded = _adaround(model, run.dataset, recipe.quantize.adaround, recipe.seed)
-    corrected = correct_bias(model, samples) if recipe.quantize.correct_bias else BiasCorrection({}, {})
+    is_corrected = recipe.quantize.correct_bias
+    corrected = correct_bias(model, samples, reference=reference) if is_corrected else BiasCorrection({}, {})
     run.keep_model("ptq", model)
+    preparation = list(_preparation(recipe.quantize, equalized, rounded, corrected))
+    for line in preparation:
+        _say(run, line)
     return {
         "plan": plan_rows(model),
+        "preparation": preparation,
         "islands": plot_data.islands(model.plan, recipe.quantize.exclude),
         "equalized": [vars(pair) for pair in equalized],
         "rounded": [vars(row) for row in rounded],
         "bias_not_corrected": corrected.skipped,
     }
+
+
+def _preparation(
+    settings: Quantize, equalized: list[Pair], rounded: list[Rounding], corrected: BiasCorrection
+) -> Iterator[str]:
+    """What was done to the weights before any training, a sentence each."""
+    if settings.equalize:
+        yield f"Equalized the weights of {_count(equalized, 'pair')} of layers."
+    if rounded:
+        moved = np.average([row.moved for row in rounded], weights=[row.weights for row in rounded])
+        errors = [row.error / row.error_before for row in rounded if row.error_before > 0]
+        error = f"; the output error is {np.median(errors):.2f} of rounding to nearest (median)" if errors else ""
+        yield f"Learned to round {_count(rounded, 'layer')}: {moved:.0%} of the weights go to the other integer{error}."
+    if settings.correct_bias:
+        left = [f"; not of '{name}': {reason}" for name, reason in corrected.skipped.items()]
+        yield f"Corrected the biases of {_count(corrected.shifts, 'layer')}{''.join(left)}."
+
+
+def _count(items: Sized, what: str) -> str:
+    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"
 
 
 def _quantize(run: Run, model: keras.Model) -> QuantizedModel:
@@ -379,11 +416,16 @@ def _calibration_samples(run: Run) -> np.ndarray:
     return calibration_samples(run.dataset, run.recipe.data.calibration_samples, run.recipe.seed)
 
 
+def _rounding_steps(model: QuantizedModel, settings: AdaRound) -> int:
+    """Steps of AdaRound: by default some where weights are coarse, and none elsewhere."""
+    if settings.steps is not None:
+        return settings.steps
+    specs = [operator.weight_spec for operator in model.plan.operators]
+    return DEFAULT_STEPS if any(spec is not None and spec.is_coarse for spec in specs) else 0
+
+
 def _adaround(model: QuantizedModel, dataset: Dataset, settings: AdaRound, seed: int) -> list[Rounding]:
-    steps = settings.steps
-    if steps is None:
-        specs = [operator.weight_spec for operator in model.plan.operators]
-        steps = DEFAULT_STEPS if any(spec is not None and spec.is_coarse for spec in specs) else 0
+    steps = _rounding_steps(model, settings)
     if steps == 0:
         return []
     fitting = max(LAYERWISE_BYTES // bytes_per_sample(model), 1)
@@ -415,6 +457,8 @@ def _qat(run: Run) -> dict | None:
         path = run.directory.write("models/qat_last_good.keras", model.save)
         raise TrainingError(f"{error} It is kept in '{path}'.") from error
     run.keep_model("qat", model)
+    if history.best_epoch == 0:
+        _say(run, "No epoch of QAT validated as well as the weights before it: these are kept.")
     training = vars(history) | {"ranges": plot_data.thinned(history.ranges)}
     return {"training": training, "plan": plan_rows(model)}
 
@@ -508,7 +552,7 @@ def _layers(run: Run) -> dict:
     integer = [variant for variant in run.variants if variant != "float"]
     has_plan = run.recipe.engine == "native"
     samples = np.asarray(run.test[0][: max(plot_data.SAMPLES)])
-    layers = {variant: plot_data.noise(run.model(variant), samples) for variant in integer if has_plan}
+    layers = {v: plot_data.noise(run.model(v), samples, run.reference(v)) for v in integer if has_plan}
     return {"layers": layers, "graph": {"variant": integer[-1], **plot_data.graph(run.file(integer[-1]))}}
 
 
@@ -724,6 +768,7 @@ def collect(run: Run) -> dict:
         "training": {name: results[name]["training"] for name in ("float", "qat") if results[name].get("training")},
         "plan": results["qat"].get("plan") or results["ptq"].get("plan"),
         "graph": results["layers"].get("graph"),
+        "preparation": results["ptq"].get("preparation") or [],
         "islands": results["ptq"].get("islands"),
         "steps": [{key: value for key, value in step.items() if key != "result"} for step in run.steps],
         "environment": environment() | results["float"].get("packages", {}),
@@ -807,10 +852,29 @@ def _quantized(
     return model
 
 
-def analyze_model(model: keras.Model, dataset: Dataset, scheme: str, method: str, samples: int, limit: int) -> Analysis:
-    """What each layer of a quantized model costs, or of a float model quantized first, on validation samples."""
+def find_reference(path: Path) -> QuantizedModel | None:
+    """The model that a run's `ptq.keras` was before its rounding was learned; None for other files."""
+    calibrated = path.with_name(f"{CALIBRATED}.keras")
+    return models.load_model(calibrated) if path.name == "ptq.keras" and calibrated.is_file() else None
+
+
+def analyze_model(path: Path, dataset: Dataset, scheme: str, method: str, samples: int, limit: int) -> Analysis:
+    """What each layer of a quantized model costs, or of a float model quantized as by `convert`, on validation samples.
+
+    Args:
+        path: of the model. A run's `ptq.keras` is compared with the `calibrated.keras` beside it.
+        dataset: calibrates, and validates.
+        scheme: for a float model, like `method` and `samples`.
+        method: of calibration.
+        samples: training samples for it.
+        limit: validation samples.
+    """
     x, labels = np.asarray(dataset.validation.x[:limit]), dataset.validation.y[:limit]
-    return analyze(_quantized(model, dataset, scheme, method, samples), x, lambda outputs: accuracy(outputs, labels))
+    loaded, reference = models.load_model(path), find_reference(path)
+    model = _quantized(loaded, dataset, scheme, method, samples)
+    if model is not loaded and _adaround(model, dataset, AdaRound(), seed=0):
+        reference = _quantized(loaded, dataset, scheme, method, samples)
+    return analyze(model, x, lambda outputs: accuracy(outputs, labels), reference=reference)
 
 
 def search_model(
@@ -842,15 +906,14 @@ def search_model(
     model = models.load_model(path)
     if isinstance(model, QuantizedModel):
         raise ModelError(f"Model '{model.name}' is quantized already. search takes the float model.")
-    recipe = Recipe.model_validate(
-        {
-            "name": f"{path.stem}-mixed",
-            "description": f"{path.stem} in mixed precision, {budget.what} at most {budget.text}",
-            "data": {**data, "calibration_samples": samples},
-            "model": {"weights": str(path)},
-            "quantize": {"scheme": schemes[0]},
-        }
-    )
+    values = {
+        "name": f"{re.sub(r'[^A-Za-z0-9._-]+', '_', path.stem).strip('._-') or 'model'}-mixed",
+        "description": f"{path.stem} in mixed precision, {budget.what} at most {budget.text}",
+        "data": {**data, "calibration_samples": samples},
+        "model": {"weights": str(path)},
+        "quantize": {"scheme": schemes[0]},
+    }
+    recipe = parse_recipe(json.dumps(values, default=str), file="search")
     dataset = load_data(recipe.data.source, recipe.data.path, recipe.data.image_size, recipe.data.options)
     calibration = calibration_samples(dataset, samples, seed=0)
 
@@ -859,17 +922,25 @@ def search_model(
         calibrate(result, calibration)
         return result
 
+    def file(model: QuantizedModel) -> bytes:
+        """As `train` writes it."""
+        content = convert(model)
+        with suppress(MobileQatError):  # class names that metadata cannot hold
+            return with_metadata(content, dataset, recipe.name, recipe.description)
+        return content
+
     uniform = {scheme: quantized(scheme=scheme) for scheme in schemes}
-    costs, base = _costs(uniform, quantized, budget.what, with_float)
+    costs, base = _costs(uniform, quantized, file, budget.what, with_float)
     bound = budget.bound(base + sum(costs[schemes[0]].values()))
     x, labels = np.asarray(dataset.validation.x[:limit]), dataset.validation.y[:limit]
-    found = search(uniform, costs, bound, x, lambda outputs: accuracy(outputs, labels), base)
+    unit = " B" if budget.what == "size" else " ms"
+    found = search(uniform, costs, bound, x, lambda outputs: accuracy(outputs, labels), base, unit=unit)
     x, labels = np.asarray(dataset.test.x[:limit]), dataset.test.y[:limit]
     verified = []
     for mixture in dict.fromkeys((found.front[0].key, found.chosen.key, found.front[-1].key)):
         result = quantized(**options(dict(mixture)))
         correct_bias(result, calibration)  # the quick stand-in for the AdaRound of the recipe's run
-        content = convert(result)
+        content = file(result)
         row = {"size_bytes": len(content), "accuracy": accuracy(np.asarray(Session(content).predict(x)), labels)}
         verified.append({"choices": dict(mixture), **row})
     chosen = recipe.model_dump()
@@ -878,13 +949,17 @@ def search_model(
 
 
 def _costs(
-    uniform: Mapping[str, QuantizedModel], quantized: Callable[..., QuantizedModel], what: str, with_float: bool
+    uniform: Mapping[str, QuantizedModel],
+    quantized: Callable[..., QuantizedModel],
+    file: Callable[[QuantizedModel], bytes],
+    what: str,
+    with_float: bool,
 ) -> tuple[dict[str, dict[str, float]], float]:
     """What every layer with weights costs by choice, and what the rest of the file does."""
     first = next(iter(uniform.values()))
     sizes = weight_bytes(uniform, with_float)
     if what == "size":
-        return sizes, len(convert(first)) - sum(next(iter(sizes.values())).values())
+        return sizes, len(file(first)) - sum(next(iter(sizes.values())).values())
     files = {scheme: convert(model) for scheme, model in uniform.items()}
     if with_float:
         files[FLOAT] = convert(quantized(**options(dict.fromkeys(next(iter(sizes.values())), FLOAT))))

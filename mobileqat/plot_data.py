@@ -29,12 +29,13 @@ MOST_VALUES = 2**22  # of one tensor, all samples together: what the comparison 
 SAMPLES = (4, 64)
 
 
-def noise(model: QuantizedModel, samples: np.ndarray) -> list[dict[str, Any]]:
+def noise(model: QuantizedModel, samples: np.ndarray, reference: QuantizedModel | None = None) -> list[dict[str, Any]]:
     """Signal to quantization noise of each operator that rounds, in execution order.
 
     Args:
         model: calibrated or trained.
         samples: [n, ...]; as many of the first ones are used as `MOST_VALUES` allows.
+        reference: see `analyze`.
 
     Returns:
         `{"operator", "kind", "tensor", "sqnr_db", "own_sqnr_db", "weights", "activations"}` per operator: with the
@@ -43,7 +44,8 @@ def noise(model: QuantizedModel, samples: np.ndarray) -> list[dict[str, Any]]:
     """
     largest = max(math.prod(tensor.shape) for tensor in model.plan.tensors.values())
     least, most = SAMPLES
-    analysis = analyze(model, samples[: max(least, min(most, MOST_VALUES // max(largest, 1)))])
+    taken = samples[: max(least, min(most, MOST_VALUES // max(largest, 1)))]
+    analysis = analyze(model, taken, reference=reference)
     order = {name: place for place, name in enumerate(model.operators)}
     rows = [
         (order[layer.name], _row(layer, model, has_histograms=rank < MOST_HISTOGRAMS))

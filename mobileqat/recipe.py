@@ -221,7 +221,10 @@ class QatTraining(Training):
         description="share of training after which batch normalization statistics stay as they are",
     )
     start_after: float = Field(
-        default=0.0, ge=0, lt=1, description="share of training, in float, after which quantization starts"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the epochs, in float, after which quantization starts; the last one is always quantized",
     )
     estimator: Literal["clipped", "identity", "soft"] = Field(
         default="clipped",

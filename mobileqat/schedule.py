@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from mobileqat.fakequant import quantize_weights
+from mobileqat.fakequant import quantize_weights, round_weights
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import QatTraining
 from mobileqat.wrappers import QuantizeWrapper
@@ -28,7 +28,8 @@ class Schedule(keras.callbacks.Callback):
         super().__init__()
         self.quantized = quantized
         self.settings = settings
-        self.quantize_from = math.ceil(settings.start_after * settings.epochs)
+        # The last epoch at least: a training that never quantizes is none.
+        self.quantize_from = min(math.ceil(settings.start_after * settings.epochs), settings.epochs - 1)
         self.observers_from = math.ceil(settings.freeze_observers_after * settings.epochs)
         self.batch_norm_from = math.ceil(settings.freeze_batch_norm_after * settings.epochs)
 
@@ -164,8 +165,10 @@ class OscillationFreeze(keras.callbacks.Callback):
             frozen = tf.maximum(state["frozen"], tf.cast(state["frequency"] > self.threshold, tf.float32))
             state["frozen"].assign(frozen)
             kernel = tf.convert_to_tensor(wrapper.layer.kernel)
-            wrapper.layer.kernel.assign(tf.where(frozen > 0, tf.round(state["average"]) * scales, kernel))
-            state["last"].assign(tf.where(frozen > 0, tf.round(state["average"]), integers))
+            assert wrapper.weight_spec is not None
+            usual = round_weights(state["average"], wrapper.weight_spec)
+            wrapper.layer.kernel.assign(tf.where(frozen > 0, usual * scales, kernel))
+            state["last"].assign(tf.where(frozen > 0, usual, integers))
 
 
 def reestimate_batch_norm(model: QuantizedModel, batches) -> None:

@@ -109,6 +109,7 @@ def search(
     metric: Metric,
     base_cost: float = 0.0,
     batch_size: int = 64,
+    unit: str = "",
 ) -> Search:
     """Chooses a scheme for every layer with weights.
 
@@ -120,6 +121,7 @@ def search(
         metric: of the model's first output on the samples; more is better.
         base_cost: what is paid whatever is chosen.
         batch_size: samples that run together.
+        unit: of the budget, for messages.
 
     Raises:
         MobileQatError: nothing fits the budget, fewer than two choices, or schemes of different activations.
@@ -150,7 +152,10 @@ def search(
     fitting = [mixture for mixture in mixtures if mixture.cost <= budget]
     if not fitting:
         least = min(mixture.cost for mixture in mixtures)
-        raise MobileQatError(f"Nothing fits the budget of {budget:,.6g}: the smallest mixture costs {least:,.6g}.")
+        raise MobileQatError(
+            f"Nothing fits the budget of {budget:,.4g}{unit}: the smallest mixture of {', '.join(names)} takes "
+            f"{least:,.4g}{unit}. Choose from schemes of fewer bits (--scheme), or allow more."
+        )
     return Search(noise, _pareto(mixtures), max(fitting, key=lambda mixture: (mixture.metric, -mixture.cost)))
 
 

@@ -106,7 +106,16 @@ def test_the_same_seed_gives_the_same_integers():
     np.testing.assert_array_equal(*kernels)
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"batch_size": 0}, {"learning_rate": -1.0}])
+@pytest.mark.parametrize("options", [{"steps": 0}, {"steps": 1.5}, {"batch_size": 0}, {"learning_rate": -1.0}])
 def test_faults(options):
     with pytest.raises(CalibrationError, match=next(iter(options))):
         adaround(quantized(L.Dense(2)), X, **options)
+
+
+def test_samples_that_are_not_finite_change_nothing():
+    model = quantized(L.Conv2D(3, 3))
+    before = model.get_weights()
+    with pytest.raises(CalibrationError, match="not finite"):
+        adaround(model, np.full_like(X, np.nan), steps=5)
+    for array, expected in zip(model.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(array, expected)

@@ -8,9 +8,11 @@ import pytest
 from contract import give_trained_weights, outputs_of, samples_of, sequential
 from keras import layers as L
 
+from mobileqat.adaround import adaround
 from mobileqat.analyze import SwitchedModel, analyze, sqnr_db
 from mobileqat.calibrate import calibrate
 from mobileqat.errors import CalibrationError, ModelError
+from mobileqat.fakequant import quantize_weights
 from mobileqat.quantize import quantize_model, strip
 from mobileqat.report.layers import print_analysis, write_analysis
 
@@ -21,7 +23,7 @@ X = rng.normal(size=(48, 8, 8, 3)).astype(np.float32)
 def network(change=lambda model: None, scheme="w8a8", samples=X):
     """Three convolutions, each with a ReLU, and a dense layer; quantized."""
     convolutions = [L.Conv2D(6, 3, activation="relu", name=f"conv{k}") for k in (1, 2, 3)]
-    model = sequential(*convolutions, L.Flatten(), L.Dense(5, name="dense"), shape=(8, 8, 3))
+    model = sequential(*convolutions, L.Flatten(name="flat"), L.Dense(5, name="dense"), shape=(8, 8, 3))
     give_trained_weights(model)
     change(model)
     quantized = quantize_model(model, scheme)
@@ -150,6 +152,29 @@ def test_what_is_written_and_printed(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "in model: with the noise of all before it. Change of accuracy, alone:" in printed
     assert result["recommendation"] in printed
+
+
+def test_noise_of_learned_rounding_is_that_against_the_weights_before():
+    """AdaRound leaves weights on their grid, which has no noise against itself."""
+    before = network(scheme="w3a8")
+    model = quantize_model(strip(before), "w3a8")
+    calibrate(model, X)
+    adaround(model, X, steps=30)
+    weights = before.operators["conv2"].kernel().numpy()
+    folded, scales = quantize_weights(model.operators["conv2"].kernel(), (3,), model.operators["conv2"].weight_spec)
+    own, compared = (
+        {layer.name: layer for layer in analyze(model, X, agreement(before), reference=r).layers}["conv2"]
+        for r in (None, before)
+    )
+    assert own.weights.sqnr_db > compared.weights.sqnr_db + 3
+    error = sqnr_db(weights, (folded * scales).numpy())
+    assert abs(compared.weights.sqnr_db - error) < 4 < own.weights.sqnr_db - error
+    assert analyze(model, X, agreement(before), reference=before).float_metric == 1.0
+
+
+def test_few_samples_say_nothing_of_channels():
+    model = network()
+    assert not [layer for layer in analyze(model, X[:1]).layers if any("never change" in a for a in layer.advice)]
 
 
 def test_faults():

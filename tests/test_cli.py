@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -372,6 +373,10 @@ def test_analyze(folder, tmp_path):
     assert {row["name"] for row in printed["layers"]} == {"conv", "classes", "classes/softmax"}
     written = json.loads((tmp_path / "charts" / "analysis.json").read_text())
     assert printed["samples"] == written["samples"] == 20 and printed["float_metric"] == written["float_metric"]
+    taken = tmp_path / "taken"
+    taken.write_text("mine")
+    assert "is a file. Expected a folder" in error("analyze", folder / "quantized.keras", *data, "--out", taken)
+    assert taken.read_text() == "mine"
 
 
 def test_search_writes_a_recipe_that_trains(folder, tmp_path):
@@ -394,15 +399,22 @@ def test_search_writes_a_recipe_that_trains(folder, tmp_path):
     )
     arguments = [part for override in overrides for part in ("--set", override)]
     run("train", recipe, "--out", tmp_path / "run", *arguments)
-    assert "budget" in error("search", folder / "float.keras", *data, "--budget", "size=1kB", "-o", recipe)
+    message = error("search", folder / "float.keras", *data, "--budget", "size=1kB", "-o", recipe)
+    assert "Nothing fits the budget of 1,000 B" in message
+    assert "data.source" in error("search", folder / "float.keras", "--data", "nope", "--budget", "size=1kB")
     assert "Not a budget" in error("search", folder / "float.keras", *data, "--budget", "bytes=3", "-o", recipe)
     assert "quantized already" in error("search", folder / "quantized.keras", *data, "--budget", "size=85%")
 
 
 def test_search_by_measured_cost(folder, tmp_path):
+    from mobileqat.recipe import load_recipe
+
+    model = tmp_path / "my model.keras"  # no name that a recipe may have
+    shutil.copy(folder / "float.keras", model)
     data = ("--data", "npz", "--data-path", folder / "digits.npz", "--samples", 32, "--limit", 20)
     options = ("--budget", "cost=1000%", "--with-float", "-o", tmp_path / "mixed.yaml", "--json")
-    found = json.loads(run("search", folder / "float.keras", *data, *options).stdout)
+    found = json.loads(run("search", model, *data, *options).stdout)
+    assert load_recipe(tmp_path / "mixed.yaml").name == "my_model-mixed"
     assert found["what"] == "cost" and found["chosen"]["cost"] <= found["budget"]
     assert set(found["noise"]["conv"]) == {"w8a8", "w4a8", "float"}
 

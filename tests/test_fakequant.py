@@ -323,6 +323,18 @@ def test_gradients_against_finite_differences(estimator, name):
     np.testing.assert_allclose(found[name], (up - down) / (2 * step), rtol=1e-4, atol=1e-5)
 
 
+def test_the_soft_estimator_is_steep_where_a_sign_changes():
+    """The integers -1 and 1 are two apart: one jump, at 0."""
+    weights = tf.constant([[-1.0], [-0.5], [0.0], [0.5], [1.0]])  # the scale, their mean-abs, is 0.6
+    with tf.GradientTape() as tape:
+        tape.watch(weights)
+        y = fakequant.fake_quantize_weights(weights, (1,), QuantSpec(1, symmetric=True, per_channel=True), None, "soft")
+        total = tf.reduce_sum(y)
+    slope = tape.gradient(total, weights).numpy()[:, 0]
+    expected = 1 + fakequant.SOFTNESS * np.cos(np.pi * 0.5 / 0.6)
+    np.testing.assert_allclose(slope, [0, expected, 1 + fakequant.SOFTNESS, expected, 0], atol=1e-5)
+
+
 def test_unknown_ends_of_a_range_are_trained():
     """The loss wants larger values than the range holds: the upper end moves, the lower one at 0 does not."""
     layer = FakeQuantize(QuantSpec(4), ("x",), learns_range=True)

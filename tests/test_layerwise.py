@@ -20,7 +20,7 @@ def branches():
     twice = L.Conv2D(2, 3, padding="same", name="twice")
     y = twice(L.PReLU(name="prelu")(x))
     y = L.Add(name="add")([y, L.Conv2D(2, 1, name="float")(y)])
-    model = keras.Model(x, L.Dense(3, name="dense")(L.Flatten()(twice(y))))
+    model = keras.Model(x, L.Dense(3, name="dense")(L.Flatten(name="flat")(twice(y))))
     give_trained_weights(model)
     quantized = quantize_model(model, exclude=["float"])
     calibrate(quantized, X)
@@ -55,6 +55,16 @@ def test_changes_reach_the_integers_and_not_the_float_values():
     assert len(np.unique(after.inputs[1])) <= 2 < len(np.unique(after.float_inputs[1]))
 
 
+def test_a_reference_gives_the_float_values():
+    model, reference = branches(), branches()
+    kernel = model.operators["dense"].layer.kernel
+    kernel.assign(0 * kernel)
+    expected = outputs_of(strip(reference), X)[0]
+    last = list(walk(model, X, reference=reference))[-1]
+    np.testing.assert_allclose(last.float_output, expected, rtol=1e-5, atol=1e-5)
+    assert len(np.unique(last.run(last.wrapper, last.inputs), axis=0)) == 1 < len(np.unique(expected, axis=0))
+
+
 def test_memory():
     """A residual block: its input is held until the sum, beside the second layer's input and output."""
     x = keras.Input((6, 6, 2), name="x")
@@ -78,3 +88,8 @@ def test_faults():
         next(walk(model, X[:0]))
     with pytest.raises(DataError, match="expects shape"):
         next(walk(model, X[:, 1:]))
+    with pytest.raises(CalibrationError, match="'x' are not finite"):
+        next(walk(model, np.where(X > 1, np.nan, X)))
+    other = quantize_model(keras.Sequential([keras.Input((6, 6, 2)), L.Dense(3, name="dense")]))
+    with pytest.raises(ModelError, match=r"operators prelu.*, dense\. Received: dense$"):
+        next(walk(model, X, reference=other))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from ai_edge_litert.interpreter import Interpreter
 
-from mobileqat import flatbuffer, models, pipeline
+from mobileqat import flatbuffer, models, pipeline, plot_data
 from mobileqat.bench.targets import parse_target, require_target
 from mobileqat.data import load_dataset
 from mobileqat.errors import (
@@ -198,6 +198,15 @@ def test_techniques_before_training_repair_few_bits(small_run, tmp_path):
     rounded = {row["operator"] for row in notes["rounded"]}
     assert rounded == {row["layers"][0] for row in notes["plan"] if row["weight_bits"]} and notes["equalized"]
     assert all(row["error"] <= row["error_before"] for row in notes["rounded"])
+    assert [line.split()[0] for line in results["preparation"]] == ["Equalized", "Learned", "Corrected"]
+    assert all(line in (tmp_path / "repaired" / "report.html").read_text() for line in results["preparation"][:1])
+    # Noise is that against the weights before rounding: the plain run's, not that of weights on their grid.
+    kept, path = tmp_path / "repaired" / "models", tmp_path / "repaired" / "models" / "ptq.keras"
+    reference = pipeline.find_reference(path)
+    assert reference is not None and pipeline.find_reference(kept / "float.keras") is None
+    samples = np.asarray(load_dataset("digits").test.x[:64])
+    against, itself = (plot_data.noise(load_model(path), samples, r) for r in (reference, None))
+    assert results["variants"]["ptq"]["layers"] == against != itself
 
 
 @pytest.mark.parametrize(

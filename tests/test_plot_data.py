@@ -75,9 +75,9 @@ def test_only_the_noisiest_have_histograms(quantized, monkeypatch):
 def test_large_tensors_take_fewer_samples(quantized, monkeypatch):
     seen = []
 
-    def counted(model, samples):
+    def counted(model, samples, **options):
         seen.append(len(samples))
-        return analyze(model, samples)
+        return analyze(model, samples, **options)
 
     monkeypatch.setattr(plot_data, "analyze", counted)
     plot_data.noise(quantized, X)

@@ -21,7 +21,7 @@ from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
 from mobileqat.rules import GONE
-from mobileqat.schedule import OscillationFreeze, freeze, reestimate_batch_norm
+from mobileqat.schedule import OscillationFreeze, Schedule, freeze, reestimate_batch_norm
 from mobileqat.train import fit, make_optimizer
 
 
@@ -512,6 +512,37 @@ def test_oscillating_weights_freeze(dataset):
     frozen = state["frozen"].numpy()
     assert frozen[index] == 1 and frozen.sum() == 1
     assert kernel.numpy()[index] == np.float32(2) * np.float32(scale)  # where it was for longer
+
+
+@pytest.mark.parametrize("start", [-1.0, 1.0])
+def test_signs_that_flip_are_frozen_at_the_one_they_have_more_often(dataset, start):
+    quantized = quantized_model(dataset, scheme="w1a8")
+    wrapper = next(w for w in quantized.operators.values() if w.weight_spec is not None)
+    kernel, index = wrapper.layer.kernel, (0, 0, 0, 0)
+    size = np.abs(kernel.numpy()).max()
+
+    def move(sign):
+        values = kernel.numpy()
+        values[index] = sign * size
+        kernel.assign(values)
+
+    move(start)
+    freezer = OscillationFreeze(quantized, threshold=0.02)
+    state = freezer.state_of_weights[freezer.wrappers.index(wrapper)]
+    for step in range(12):
+        if not state["frozen"].numpy()[index]:
+            move(start if step % 3 < 2 else -start)
+        freezer.on_train_batch_end(step)
+    assert state["frozen"].numpy()[index] == 1
+    assert np.sign(kernel.numpy()[index]) == start
+
+
+@pytest.mark.parametrize(
+    ("epochs", "share", "first"), [(1, 0.5, 0), (5, 0.9, 4), (3, 0.7, 2), (4, 0.5, 2), (4, 0.0, 0)]
+)
+def test_the_last_epoch_is_quantized_whatever_the_start(dataset, epochs, share, first):
+    schedule = Schedule(quantized_model(dataset), QatTraining(epochs=epochs, start_after=share))
+    assert schedule.quantize_from == first
 
 
 def test_batch_norm_statistics_are_taken_anew(dataset):

@@ -57,7 +57,7 @@ TASKS = {
         "ResNet8 (MLPerf Tiny's weights), CIFAR-10",
         "cifar10_resnet8_w8a8",
         ("conv2d", "dense"),
-        w4={"qat.learning_rate": 3e-4, "qat.epochs": 4},
+        w4={"qat.learning_rate": 3e-4, "qat.epochs": 4, "qat.batch_size": 128},
     ),
     "mobilenetv1": Task(
         "MobileNetV1-0.25, Fashion-MNIST",
@@ -221,8 +221,11 @@ def fingerprint(cell: Cell, quick: bool, start: str | None = None) -> str:
     recipe["model"]["weights"] = Path(recipe["model"].get("weights") or "").name
     if cell.what == "float":
         recipe = {key: recipe[key] for key in FLOAT_SECTIONS if key in recipe}
+    if cell.what.startswith("converter"):
+        recipe.pop("qat", None)
     facts: dict[str, Any] = {"what": cell.what, "recipe": recipe}
     if cell.what == "tfmot":
+        recipe.get("qat", {}).pop("batch_size", None)
         facts["tfmot"] = [TASKS[cell.task].tfmot_batch, TFMOT_STEPS]
     if cell.what != "float":
         facts["float"] = start

@@ -68,6 +68,7 @@ def print_search(found: Mapping[str, Any]) -> None:
     console.print(table)
     for layer, choice in found["chosen"]["choices"].items():
         console.print(f"  {layer}: {choice}", markup=False)
+    console.print("Weights rounded to nearest, biases corrected; train learns how to round 2 to 7 bits.", style="dim")
     for row in found["verified"]:
         mark = "chosen, " if row["choices"] == found["chosen"]["choices"] else ""
         size, share = formats.kilobytes(row["size_bytes"]), formats.percent(row["accuracy"])
