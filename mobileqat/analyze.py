@@ -347,7 +347,8 @@ def _advice(layer: Layer, samples: int) -> list[str]:
     if is_telling and values.imbalance > LARGE_IMBALANCE:
         advice.append(f"the widest channel has {values.imbalance:.0f} times the usual range; try equalize")
     if weights is not None and weights.bits < 8 and weights.sqnr_db < layer.own_sqnr_db + 3:
-        advice.append(f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB); try adaround, or more")
+        few = f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB)"
+        advice.append(f"{few}; take more, or learn their rounding (adaround) where that is off")
     if is_telling and values.dead_channels and values.channels > 1:
         dead = len(values.dead_channels)
         advice.append(f"{dead} of {values.channels} channels never change; they can be pruned")

@@ -5,7 +5,8 @@ model_explorer/*.json                         noise and parity, to lay over the 
 float.tflite  ptq.tflite  qat.tflite          what to ship
 run_qat.py  Qat.kt                            programs that run it, likewise for ptq
 checkpoints/*.npz                             where a training that was interrupted goes on
-models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot
+models/*.keras                                float, ptq and qat Keras models; float and qat as *.h5 with engine tfmot;
+                                              calibrated is ptq before its rounding was learned
 steps/*.json                                  the result of each finished step
 outputs/*.npz                                 what every variant answered on the test set
 tensorboard/                                  training events
