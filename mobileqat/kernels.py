@@ -385,12 +385,22 @@ def batch_matmul(layer, inputs, grids, output: Grid, activation: str):
 # ------------------------------------------------------------------ over space
 
 
+def window_sums(layer, x):
+    """Sums over the windows of a pooling layer, [n, rows, columns, channels]; exact for integers up to 2**24.
+
+    Channels become samples: TensorFlow's depthwise convolution takes unequal strides only with oneDNN, which is off on
+    many CPUs.
+    """
+    channels, (_, rows, columns, _) = x.shape[-1], x.shape
+    planes = tf.reshape(tf.transpose(x, (0, 3, 1, 2)), (-1, rows, columns, 1))
+    window = tf.ones((*layer.options["pool_size"], 1, 1))
+    sums = tf.nn.conv2d(planes, window, layer.options["strides"], layer.options["padding"].upper())
+    return tf.transpose(tf.reshape(sums, (-1, channels, *sums.shape[1:3])), (0, 2, 3, 1))
+
+
 def average_pool(layer, inputs, grids, output: Grid, activation: str):
     x = inputs[0]
-    window = tf.ones((*layer.options["pool_size"], x.shape[-1], 1))
-    settings = (window, layer.options["strides"], layer.options["padding"])
-    total = int32(keras.ops.depthwise_conv(x, *settings))
-    count = int32(keras.ops.depthwise_conv(tf.ones_like(x[:1]), *settings))
+    total, count = int32(window_sums(layer, x)), int32(window_sums(layer, tf.ones_like(x[:1])))
     magnitude = (tf.abs(total) + count // 2) // count
     return tf.cast(tf.sign(total) * magnitude, tf.float32)
 

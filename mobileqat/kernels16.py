@@ -16,7 +16,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -304,11 +303,7 @@ def tanh(layer, inputs, grids, output: Grid, activation: str):
 
 def average_pool(layer, inputs, grids, output: Grid, activation: str):
     x = inputs[0]
-    window = tf.ones((*layer.options["pool_size"], x.shape[-1], 1))
-    high, low, count = (
-        int64(keras.ops.depthwise_conv(part, window, layer.options["strides"], layer.options["padding"]))
-        for part in (*_halves(x), tf.ones_like(x[:1]))
-    )
+    high, low, count = (int64(kernels.window_sums(layer, part)) for part in (*_halves(x), tf.ones_like(x[:1])))
     total = 256 * high + low
     return tf.cast(tf.sign(total) * ((tf.abs(total) + count // 2) // count), tf.float32)
 
