@@ -311,7 +311,8 @@ def test_commands_work_on_streamed_data(images, tmp_path, monkeypatch):
         pipeline.verify_model(quantized, tmp_path / "model.tflite", data, 20, "litert") for data in (streamed, whole)
     )
     assert a == b and a.passed and a.end_to_end.samples == 20
-    a, b = (pipeline.analyze_model(quantized, data, "w8a8", "minmax", 32, 8).to_dict() for data in (streamed, whole))
+    path = tmp_path / "model.keras"
+    a, b = (pipeline.analyze_model(path, data, "w8a8", "minmax", 32, 8).to_dict() for data in (streamed, whole))
     assert a == b
 
 
