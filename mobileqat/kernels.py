@@ -391,7 +391,7 @@ def window_sums(layer, x):
     Channels become samples: TensorFlow's depthwise convolution takes unequal strides only with oneDNN, which is off on
     many CPUs.
     """
-    channels, (_, rows, columns, _) = x.shape[-1], x.shape
+    _, rows, columns, channels = x.shape
     planes = tf.reshape(tf.transpose(x, (0, 3, 1, 2)), (-1, rows, columns, 1))
     window = tf.ones((*layer.options["pool_size"], 1, 1))
     sums = tf.nn.conv2d(planes, window, layer.options["strides"], layer.options["padding"].upper())

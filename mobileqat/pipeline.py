@@ -360,14 +360,13 @@ def _ptq(run: Run) -> dict:
     equalized = equalize(model) if recipe.quantize.equalize else []
     calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
     check_ranges(model)
-    reference = None
     if _rounding_steps(model, recipe.quantize.adaround):
         # Learned rounding moves the weights onto their grid; what that costs shows beside those from before it.
         run.directory.write(f"models/{CALIBRATED}.keras", model.save)
-        reference = run.reference("ptq")
     rounded = _adaround(model, run.dataset, recipe.quantize.adaround, recipe.seed)
-    is_corrected = recipe.quantize.correct_bias
-    corrected = correct_bias(model, samples, reference=reference) if is_corrected else BiasCorrection({}, {})
+    corrected = BiasCorrection({}, {})
+    if recipe.quantize.correct_bias:
+        corrected = correct_bias(model, samples, reference=run.reference("ptq"))
     run.keep_model("ptq", model)
     preparation = list(_preparation(recipe.quantize, equalized, rounded, corrected))
     for line in preparation:
