@@ -458,6 +458,8 @@ def _qat(run: Run) -> dict | None:
     run.keep_model("qat", model)
     if history.best_epoch == 0:
         _say(run, "No epoch of QAT validated as well as the weights before it: these are kept.")
+    if history.reestimated is False:
+        _say(run, "BatchNormalization statistics taken anew validated worse: those of the training are kept.")
     training = vars(history) | {"ranges": plot_data.thinned(history.ranges)}
     return {"training": training, "plan": plan_rows(model)}
 

@@ -39,12 +39,14 @@ class History:
         best_epoch: the epoch whose weights were kept; 0 for the ones before training, None for the last.
         ranges: of a quantized model, `{"epoch", "ranges": {tensor: [minimum, maximum]}}` before training, as epoch 0,
             and after each epoch: the ends of each activation tensor's integer grid, real values.
+        reestimated: whether BatchNormalization statistics that were taken anew stayed; None: none were.
     """
 
     epochs: list[dict]
     initial_val_accuracy: float
     best_epoch: int | None
     ranges: list[dict] = field(default_factory=list)
+    reestimated: bool | None = None
 
 
 @data_errors()
@@ -141,11 +143,11 @@ def fit(
                 train_with(model)
         if is_spread:
             require_same(strategy, model, dataset.train.y)
-        best = recorder.keep()
+        best, reestimated = recorder.keep(), None
         if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
             batches = train.starting().take(settings.reestimate_batch_norm)
-            _reestimate(model, trained, batches, validation, settings.keep_best)
-        return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges)
+            reestimated = _reestimate(model, trained, batches, validation, settings.keep_best)
+        return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges, reestimated)
 
 
 def _compiled(model: keras.Model, settings: Training, teacher: keras.Model | None, steps_per_epoch: int) -> keras.Model:
@@ -231,13 +233,16 @@ def _scale_rate_of_ranges(optimizer: keras.optimizers.Optimizer, factor: float) 
     optimizer.update_step = update_step
 
 
-def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation, keep_best: bool) -> None:
-    """Takes BatchNormalization statistics anew, under the quantized weights; only a gain stays with `keep_best`."""
+def _reestimate(model: QuantizedModel, trained: keras.Model, batches, validation, keep_best: bool) -> bool:
+    """Takes BatchNormalization statistics anew, under the quantized weights; with `keep_best` they stay unless they
+    validate worse. Returns whether they stayed."""
     before, accuracy = model.get_weights(), trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
     reestimate_batch_norm(model, batches)
     after = trained.evaluate(validation, verbose=0, return_dict=True)["accuracy"]
-    if keep_best and after < accuracy:
+    stays = not keep_best or after >= accuracy
+    if not stays:
         model.set_weights(before)
+    return stays
 
 
 # ------------------------------------------------------------------ callbacks

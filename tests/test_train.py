@@ -561,6 +561,23 @@ def test_batch_norm_statistics_are_taken_anew(dataset):
     assert all(np.array_equal(quantized.quantizers[name].ranges(), value) for name, value in ranges.items())
 
 
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_statistics_that_validate_worse_are_kept_only_where_the_last_weights_are(dataset, keep_best, monkeypatch):
+    quantized = quantized_model(dataset)
+    norm = next(w.batch_norm for w in quantized.operators.values() if w.batch_norm is not None)
+    trained = []
+
+    def ruin(model, batches):
+        trained.append(norm.moving_mean.numpy())
+        norm.moving_mean.assign(norm.moving_mean + 100.0)
+
+    monkeypatch.setattr("mobileqat.train.reestimate_batch_norm", ruin)
+    settings = QatTraining(epochs=1, learning_rate=0.01, reestimate_batch_norm=3, keep_best=keep_best)
+    assert fit(quantized, dataset, settings).reestimated is (not keep_best)
+    np.testing.assert_array_equal(norm.moving_mean, trained[0] + (0.0 if keep_best else 100.0))
+    assert fit(quantized, dataset, QatTraining(epochs=1)).reestimated is None
+
+
 FURTHER = [{"weight_ema": 0.5}, {"clip_norm": 0.1}, {"reestimate_batch_norm": 3}, {"freeze_oscillations": 0.1}]
 
 
