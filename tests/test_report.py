@@ -421,6 +421,14 @@ def test_weights_from_before_training_can_be_the_best() -> None:
     assert "kept: the weights before training." in check_page(render_html(results)).text
 
 
+@pytest.mark.parametrize(("stayed", "words"), [(True, "anew: kept."), (False, "anew: not kept, they validated worse.")])
+def test_page_says_whether_statistics_taken_anew_stayed(stayed: bool, words: str) -> None:
+    results = make_results()
+    assert "statistics taken anew" not in check_page(render_html(results)).text
+    results["training"]["qat"]["reestimated"] = stayed
+    assert f"BatchNormalization statistics taken {words}" in check_page(render_html(results)).text
+
+
 def test_page_without_qat_and_bench() -> None:
     results = make_results()
     del results["variants"]["qat"], results["training"]["qat"]
