@@ -116,8 +116,10 @@ class AveragedWeights(keras.callbacks.Callback):
 class OscillationFreeze(keras.callbacks.Callback):
     """Freezes weights that flip between two integers, at the one they are at more often (Nagel et al. 2022).
 
-    Per weight and step, with x its integer:  o = 1 if x moved back where it came from, else 0;  f <- m o + (1 - m) f;
-    x_ema <- m x + (1 - m) x_ema.  Where f exceeds the threshold, the weight stays at round(x_ema) from then on.
+    Per weight and step, with x its integer:  o = 1 if x moved back by one, the other way than before, else 0;
+    f <- m o + (1 - m) f;  x_ema <- m x + (1 - m) x_ema.  Where f exceeds the threshold at a flip, the weight stays from
+    then on at that of the two integers that is closer to x_ema.  Unlike in the paper, moves by several integers are no
+    flips, and a channel's largest weight is frozen at the grid's end only, since it makes the scale.
     """
 
     MOMENTUM = 0.01
@@ -127,7 +129,17 @@ class OscillationFreeze(keras.callbacks.Callback):
         self.wrappers = [w for w in quantized.operators.values() if w.weight_spec is not None and w.prologue is None]
         self.threshold = threshold
         self.state_of_weights = [self._start(wrapper) for wrapper in self.wrappers]
+        self._follows = False  # whether weights have been followed since quantization started
         self._step = tf.function(self._all)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        is_quantizing = bool(self.wrappers) and self.wrappers[0].quantizing
+        if is_quantizing and not self._follows:  # what weights did in float epochs counts for nothing
+            for wrapper, state in zip(self.wrappers, self.state_of_weights, strict=True):
+                integers, _ = self._integers(wrapper)
+                state["last"].assign(integers)
+                state["average"].assign(integers)
+        self._follows = is_quantizing
 
     def on_train_batch_end(self, batch, logs=None):
         if self.wrappers and self.wrappers[0].quantizing:
@@ -137,9 +149,10 @@ class OscillationFreeze(keras.callbacks.Callback):
         return [variable for state in self.state_of_weights for variable in state.values()]
 
     def state(self) -> tuple[dict, list[np.ndarray]]:
-        return {}, [variable.numpy() for variable in self._variables()]
+        return {"follows": self._follows}, [variable.numpy() for variable in self._variables()]
 
     def set_state(self, values: dict, arrays) -> None:
+        self._follows = values["follows"]
         for variable, array in zip(self._variables(), arrays, strict=True):
             variable.assign(array)
 
@@ -156,19 +169,37 @@ class OscillationFreeze(keras.callbacks.Callback):
 
     def _all(self) -> None:
         for wrapper, state in zip(self.wrappers, self.state_of_weights, strict=True):
+            spec, last = wrapper.weight_spec, tf.identity(state["last"])
+            assert spec is not None
             integers, scales = self._integers(wrapper)
-            moved = tf.sign(integers - state["last"])
-            flipped = tf.cast(moved * state["direction"] < 0, tf.float32)
-            state["direction"].assign(tf.where(moved != 0, moved, state["direction"]))
-            for name, value in (("frequency", flipped), ("average", integers)):
+            moved = integers - last
+            is_flip = (moved * state["direction"] < 0) & (tf.abs(moved) <= (2.0 if spec.is_binary else 1.0))
+            state["direction"].assign(tf.where(moved != 0, tf.sign(moved), state["direction"]))
+            for name, value in (("frequency", tf.cast(is_flip, tf.float32)), ("average", integers)):
                 state[name].assign_add(self.MOMENTUM * (value - state[name]))
-            frozen = tf.maximum(state["frozen"], tf.cast(state["frequency"] > self.threshold, tf.float32))
-            state["frozen"].assign(frozen)
-            kernel = tf.convert_to_tensor(wrapper.layer.kernel)
-            assert wrapper.weight_spec is not None
-            usual = round_weights(state["average"], wrapper.weight_spec)
-            wrapper.layer.kernel.assign(tf.where(frozen > 0, usual * scales, kernel))
-            state["last"].assign(tf.where(frozen > 0, usual, integers))
+            # The average trails behind a weight that came from afar: of the two integers, the one on its side.
+            low, high = tf.minimum(last, integers), tf.maximum(last, integers)
+            usual = tf.clip_by_value(round_weights(state["average"], spec), low, high)
+            is_held = state["frozen"] > 0
+            freezes = is_flip & (state["frequency"] > self.threshold)
+            freezes &= ~self._makes_scale(wrapper, last, is_held, usual)
+            held = tf.where(is_held, last, usual)
+            is_frozen = is_held | freezes
+            wrapper.layer.kernel.assign(tf.where(is_frozen, held * scales, tf.convert_to_tensor(wrapper.layer.kernel)))
+            state["last"].assign(tf.where(is_frozen, held, integers))
+            state["frozen"].assign(tf.cast(is_frozen, tf.float32))
+
+    @staticmethod
+    def _makes_scale(wrapper: QuantizeWrapper, last, is_held, usual):
+        """Weights that would leave their channel without one to make its scale, if they froze at `usual`: with all
+        weights at a share of the largest one, a channel would shrink in every step."""
+        spec, sizes = wrapper.weight_spec, tf.abs(wrapper.kernel())
+        assert spec is not None
+        channels = wrapper.rule.channel_axes if spec.per_channel else ()
+        others = [axis for axis in range(len(sizes.shape)) if axis not in channels]
+        can_make = ~is_held | (tf.abs(last) == spec.qmax)
+        largest = tf.reduce_max(tf.where(can_make, sizes, 0.0), axis=others, keepdims=True)
+        return (tf.abs(usual) < spec.qmax) & (sizes >= largest)
 
 
 def reestimate_batch_norm(model: QuantizedModel, batches) -> None:

@@ -21,7 +21,7 @@ from mobileqat.parity import verify
 from mobileqat.quantize import quantize_model
 from mobileqat.recipe import Augment, QatTraining, Training
 from mobileqat.rules import GONE
-from mobileqat.schedule import OscillationFreeze, Schedule, freeze, reestimate_batch_norm
+from mobileqat.schedule import OscillationFreeze, Schedule, freeze, reestimate_batch_norm, train_with
 from mobileqat.train import fit, make_optimizer
 
 
@@ -512,6 +512,76 @@ def test_oscillating_weights_freeze(dataset):
     frozen = state["frozen"].numpy()
     assert frozen[index] == 1 and frozen.sum() == 1
     assert kernel.numpy()[index] == np.float32(2) * np.float32(scale)  # where it was for longer
+
+
+def freezer_of_one_layer(values):
+    """A dense layer of one channel with these weights, scale 1 where the largest is 7, and what watches it."""
+    keras.utils.set_random_seed(0)
+    model = sequential(L.Dense(1, use_bias=False), shape=(len(values),))
+    quantized = quantize_model(model, "w4a8", weight_range="maxabs")
+    calibrate(quantized, np.ones((4, len(values)), np.float32))
+    (wrapper,) = [w for w in quantized.operators.values() if w.weight_spec]
+    wrapper.layer.kernel.assign(np.asarray(values, np.float32)[:, None])
+    return quantized, wrapper.layer.kernel, OscillationFreeze(quantized, threshold=0.02)
+
+
+def set_weight(kernel, index, value):
+    values = kernel.numpy()
+    values[index, 0] = value
+    kernel.assign(values)
+
+
+def test_what_weights_did_in_float_epochs_freezes_none_of_them():
+    quantized, kernel, freezer = freezer_of_one_layer([7.0, 0.0])
+    train_with(quantized, quantizing=False)
+    freezer.on_epoch_begin(0)
+    for value in np.linspace(0, 4.4, 200):
+        set_weight(kernel, 1, value)
+        freezer.on_train_batch_end(0)
+    train_with(quantized)
+    freezer.on_epoch_begin(1)
+    for step in range(6):
+        set_weight(kernel, 1, (4.6, 4.4)[step % 2])
+        freezer.on_train_batch_end(step)
+        if freezer.state_of_weights[0]["frozen"].numpy()[1, 0]:
+            break
+    assert kernel.numpy()[1, 0] == 4.0
+
+
+def test_a_frozen_weight_stays_whatever_the_optimizer_does():
+    _, kernel, freezer = freezer_of_one_layer([7.0, 1.6])
+    freezer.on_epoch_begin(0)
+    for step in range(8):
+        set_weight(kernel, 1, (1.4, 1.6)[step % 2])
+        freezer.on_train_batch_end(step)
+    assert kernel.numpy()[1, 0] == 2.0
+    for step in range(300):
+        set_weight(kernel, 1, 2.0 + 0.6)
+        freezer.on_train_batch_end(step)
+        assert kernel.numpy()[1, 0] == 2.0
+
+
+def test_a_channel_of_weights_that_flip_keeps_its_largest_one():
+    _, kernel, freezer = freezer_of_one_layer([1.0, 0.9, 0.9])
+    freezer.state_of_weights[0]["average"].assign(np.full((3, 1), 6.3, np.float32))  # all are at 6 more often
+    freezer._follows = True
+    for step in range(12):  # they take turns as the largest
+        kernel.assign(np.roll(np.float32([1.0, 0.9, 0.9]), step)[:, None])
+        freezer.on_train_batch_end(step)
+    assert 1 <= freezer.state_of_weights[0]["frozen"].numpy().sum() < 3
+    before = np.abs(kernel.numpy()).max()
+    for step in range(50):
+        freezer.on_train_batch_end(step)
+    assert np.abs(kernel.numpy()).max() == before
+
+
+def test_moves_by_several_integers_are_no_flips():
+    _, kernel, freezer = freezer_of_one_layer([7.0, 1.0])
+    freezer.on_epoch_begin(0)
+    for step in range(30):
+        set_weight(kernel, 1, (4.0, 1.0)[step % 2])
+        freezer.on_train_batch_end(step)
+    assert not freezer.state_of_weights[0]["frozen"].numpy().any()
 
 
 @pytest.mark.parametrize("start", [-1.0, 1.0])
