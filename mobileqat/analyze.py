@@ -221,10 +221,15 @@ class SwitchedModel:
 
     def predict(self, samples: Any, choices: Mapping[str, int], batch_size: int = 64) -> np.ndarray:
         """The first output for all samples; operators without a choice are in float."""
+        return self.predict_all(samples, choices, batch_size)[0]
+
+    def predict_all(self, samples: Any, choices: Mapping[str, int], batch_size: int = 64) -> list[np.ndarray]:
+        """Every output, as `predict` does the first one."""
         vector = tf.constant([choices.get(name, 0) for name in self.operators], tf.int32)
         arrays = as_arrays(self.models[0], samples)
         starts = range(0, len(arrays[0]), batch_size)
-        return np.concatenate([self._run(vector, *(a[s : s + batch_size] for a in arrays)) for s in starts])
+        batches = [self._run(vector, *(a[s : s + batch_size] for a in arrays)) for s in starts]
+        return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
     def _forward(self, choices, *inputs):
         plan = self.models[0].plan
@@ -238,7 +243,7 @@ class SwitchedModel:
                 values[operator.output] = tf.switch_case(choice, branches)
             else:
                 values[operator.output] = branches[0]()
-        return values[plan.outputs[0]]
+        return [values[name] for name in plan.outputs]
 
 
 def _in_float(wrapper: QuantizeWrapper, inputs):
@@ -310,7 +315,7 @@ def _activations(real: np.ndarray, quantizer: FakeQuantize, name: str) -> Activa
     channels = real.reshape(-1, real.shape[-1])
     spans = channels.max(0) - channels.min(0)
     alive = spans[spans > 0]
-    counts, edges = np.histogram(real, BINS)
+    counts, edges = np.histogram(real.astype(np.float64), BINS)  # float32 may have fewer values in a narrow range
     return Activations(
         low,
         high,

@@ -64,7 +64,7 @@ class Budget:
         return self.amount * whole if self.is_share else self.amount
 
 
-_UNITS = {"%": 0.01, "kB": 1e3, "MB": 1e6, "B": 1.0, "ms": 1.0, "": 1.0}
+_UNITS = {"size": {"%": 0.01, "kB": 1e3, "MB": 1e6, "B": 1.0, "": 1.0}, "cost": {"%": 0.01, "ms": 1.0, "": 1.0}}
 
 
 def parse_budget(text: str) -> Budget:
@@ -73,15 +73,16 @@ def parse_budget(text: str) -> Budget:
     Raises:
         MobileQatError: anything else.
     """
-    match = re.fullmatch(r"(size|cost)=([0-9.]+) ?(%|kB|MB|B|ms|)", text)
+    match = re.fullmatch(r"(size|cost)=([0-9.]+) ?(%|[A-Za-z]*)", text)
     try:
-        what, number, unit = match.groups() if match else ("", "", "")
-        amount = float(number) * _UNITS[unit]
+        what, number, unit = match.groups() if match else ("size", "0", "")
+        amount = float(number) * _UNITS[what].get(unit, 0.0)
     except ValueError:
         amount = 0.0
     if not amount > 0:
         raise MobileQatError(
-            f"Not a budget: {text!r}. Expected size=60kB, size=60% (of the first scheme's), cost=0.5ms or cost=80%."
+            f"Not a budget: {text!r}. Expected a size in B, kB, MB or % of the first scheme's, such as size=60kB or "
+            "size=60%, or a cost in ms or %, such as cost=0.5ms or cost=80%."
         )
     return Budget(what, amount, unit == "%", text.partition("=")[2])
 
@@ -91,7 +92,7 @@ class Search:
     """What `search` found.
 
     Args:
-        noise: by layer and choice, power of the output's error over that of the output, with only this layer changed.
+        noise: by layer and choice, power of the outputs' errors over that of the outputs, with only this layer changed.
         front: mixtures of which none is beaten in both cost and metric, the most expensive one first.
         chosen: the one inside the budget with the best metric.
     """
@@ -111,7 +112,7 @@ def search(
     batch_size: int = 64,
     unit: str = "",
 ) -> Search:
-    """Chooses a scheme for every layer with weights.
+    """Chooses a scheme for every layer with weights; one that is called several times has the same in all its places.
 
     Args:
         models: the same float model quantized as a whole, by scheme, calibrated; the first is where the search starts.
@@ -132,22 +133,27 @@ def search(
     if len({model.plan.scheme.activations for model in models.values()}) > 1:
         raise MobileQatError(f"Schemes to choose from must have the same activations. Received: {', '.join(models)}")
     switched = SwitchedModel(*models.values())
-    layers = [name for name, w in next(iter(models.values())).operators.items() if w.weight_spec is not None]
+    uses = _uses(next(iter(models.values())))
     numbers = {name: index for index, name in enumerate(models, 1)} | {FLOAT: 0}
 
-    def outputs(choices: Mapping[str, str]) -> np.ndarray:
-        vector = dict.fromkeys(switched.operators, 1) | {layer: numbers[choice] for layer, choice in choices.items()}
-        return switched.predict(samples, vector, batch_size)
+    def everywhere(choices: Mapping[str, str]) -> dict[str, str]:
+        return {operator: choice for layer, choice in choices.items() for operator in uses[layer]}
 
-    start = dict.fromkeys(layers, names[0])
-    real = switched.predict(samples, {}, batch_size)
+    def outputs(choices: Mapping[str, str]) -> list[np.ndarray]:
+        vector = dict.fromkeys(switched.operators, 1) | {op: numbers[c] for op, c in everywhere(choices).items()}
+        return switched.predict_all(samples, vector, batch_size)
+
+    start = dict.fromkeys(uses, names[0])
+    real = switched.predict_all(samples, {}, batch_size)
     noise = {
         layer: {name: _noise(real, outputs(start | {layer: name})) for name in names}
-        for layer in track(layers, "noise of each layer", "layers")
+        for layer in track(uses, "noise of each layer", "layers")
     }
-    path = _descend(start, noise, costs)
+    sums = {name: {layer: sum(costs[name][op] for op in uses[layer]) for layer in uses} for name in names}
+    path = _descend(start, noise, sums)
     mixtures = [
-        Mixture(m, base_cost + _cost(m, costs), metric(outputs(m))) for m in track(path, "mixtures", "mixtures")
+        Mixture(everywhere(m), base_cost + _cost(m, sums), metric(outputs(m)[0]))
+        for m in track(path, "mixtures", "mixtures")
     ]
     fitting = [mixture for mixture in mixtures if mixture.cost <= budget]
     if not fitting:
@@ -159,8 +165,19 @@ def search(
     return Search(noise, _pareto(mixtures), max(fitting, key=lambda mixture: (mixture.metric, -mixture.cost)))
 
 
-def _noise(real: np.ndarray, outputs: np.ndarray) -> float:
-    return float(np.mean(np.square(outputs - real)) / max(np.mean(np.square(real)), 1e-30))
+def _uses(model: QuantizedModel) -> dict[str, list[str]]:
+    """Operators with weights by the first one that has the same layer: a layer that is called twice is stored once."""
+    found: dict[int, list[str]] = {}
+    for name, wrapper in model.operators.items():
+        if wrapper.weight_spec is not None:
+            found.setdefault(id(wrapper.layer), []).append(name)
+    return {names[0]: names for names in found.values()}
+
+
+def _noise(real: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
+    """Power of the error over that of the values, summed over a model's outputs."""
+    pairs = zip(real, outputs, strict=True)
+    return sum(float(np.mean(np.square(got - want)) / max(np.mean(np.square(want)), 1e-30)) for want, got in pairs)
 
 
 def _cost(choices: Mapping[str, str], costs: Costs) -> float:
@@ -199,20 +216,24 @@ def _pareto(mixtures: Sequence[Mixture]) -> tuple[Mixture, ...]:
 
 
 def weight_bytes(models: Mapping[str, QuantizedModel], with_float: bool = False) -> dict[str, dict[str, float]]:
-    """Bytes of every layer's kernel in the file, by scheme."""
-    costs = {
-        scheme: {
-            name: float(-(-int(np.prod(wrapper.layer.kernel.shape)) * wrapper.operator.storage_bits // 8))
-            for name, wrapper in model.operators.items()
-            if wrapper.weight_spec is not None
-        }
-        for scheme, model in models.items()
-    }
+    """Bytes of every layer's kernel in the file, by scheme; those of a kernel that is stored once count once."""
+    costs = {scheme: _kernel_bytes(model) for scheme, model in models.items()}
     if with_float:
-        wrappers = next(iter(models.values())).operators
-        sizes = {name: 4.0 * int(np.prod(wrappers[name].layer.kernel.shape)) for name in next(iter(costs.values()))}
-        costs[FLOAT] = sizes
+        costs[FLOAT] = _kernel_bytes(next(iter(models.values())), bits=32)
     return costs
+
+
+def _kernel_bytes(model: QuantizedModel, bits: int | None = None) -> dict[str, float]:
+    stored: set[tuple[int, int]] = set()
+    sizes = {}
+    for name, wrapper in model.operators.items():
+        if wrapper.weight_spec is None:
+            continue
+        kernel = (id(wrapper.layer), id(wrapper.batch_norm))  # folded with another BatchNormalization it is another
+        width = wrapper.operator.storage_bits if bits is None else bits
+        sizes[name] = 0.0 if kernel in stored else float(-(-int(np.prod(wrapper.layer.kernel.shape)) * width // 8))
+        stored.add(kernel)
+    return sizes
 
 
 def options(choices: Mapping[str, str]) -> dict[str, Any]:

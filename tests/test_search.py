@@ -10,7 +10,7 @@ from mobileqat.calibrate import calibrate
 from mobileqat.convert import convert
 from mobileqat.errors import MobileQatError
 from mobileqat.quantize import quantize_model
-from mobileqat.search import FLOAT, Mixture, _pareto, options, search, weight_bytes
+from mobileqat.search import FLOAT, Mixture, _pareto, options, parse_budget, search, weight_bytes
 
 X = np.random.default_rng(0).normal(size=(48, 8, 8, 3)).astype(np.float32)
 
@@ -89,6 +89,54 @@ def test_options_name_layers_exactly():
 def test_a_front_has_no_mixture_that_another_beats():
     mixtures = [Mixture({}, cost, metric) for cost, metric in ((1, 0.5), (2, 0.9), (3, 0.7), (4, 0.95), (4, 0.9))]
     assert [(m.cost, m.metric) for m in _pareto(mixtures)] == [(4, 0.95), (2, 0.9), (1, 0.5)]
+
+
+def test_a_layer_that_is_called_twice_is_stored_once_and_chosen_once():
+    keras.utils.set_random_seed(0)
+    inputs, conv = keras.Input((8, 8, 8)), L.Conv2D(8, 3, padding="same", name="twice")
+    outputs = L.Dense(4, name="dense")(L.GlobalAveragePooling2D()(conv(L.ReLU()(conv(inputs)))))
+    model, x = keras.Model(inputs, outputs), np.random.default_rng(0).normal(size=(32, 8, 8, 8)).astype(np.float32)
+    give_trained_weights(model)
+    models = {scheme: quantize_model(model, scheme) for scheme in ("w8a8", "w4a8")}
+    for quantized in models.values():
+        calibrate(quantized, x)
+    expected = outputs_of(model, x)[0]
+    sizes, costs = {scheme: len(convert(quantized)) for scheme, quantized in models.items()}, weight_bytes(models)
+    base = sizes["w8a8"] - sum(costs["w8a8"].values())
+    bound = (sizes["w8a8"] + sizes["w4a8"]) / 2
+    chosen = search(models, costs, bound, x, lambda found: -float(np.mean((found - expected) ** 2)), base).chosen
+    assert chosen.choices["twice"] == chosen.choices["twice@2"] == "w4a8"
+    mixture = quantize_model(model, **options(chosen.choices))
+    calibrate(mixture, x)
+    assert abs(len(convert(mixture)) - chosen.cost) <= 64
+
+
+def test_a_layer_that_only_the_second_output_needs_counts():
+    inputs = keras.Input((8, 8, 3))
+    trunk = L.Conv2D(8, 3, activation="relu", name="trunk")(inputs)
+    heads = [L.Dense(4, name=name)(L.Flatten()(trunk)) for name in ("one", "two")]
+    model = keras.Model(inputs, heads)
+    give_trained_weights(model)
+    models = {scheme: quantize_model(model, scheme) for scheme in ("w8a8", "w2a8")}
+    for quantized in models.values():
+        calibrate(quantized, X)
+    found = search(models, weight_bytes(models), float("inf"), X, lambda _: 0.0)
+    assert found.noise.keys() == {"trunk", "one", "two"}
+    assert found.noise["two"]["w2a8"] > 10 * found.noise["two"]["w8a8"] > 0
+
+
+@pytest.mark.parametrize(("text", "what", "amount"), [
+    ("size=60kB", "size", 60e3), ("size=60%", "size", 0.6), ("size=7", "size", 7.0), ("cost=0.5ms", "cost", 0.5),
+])  # fmt: skip
+def test_budgets(text, what, amount):
+    budget = parse_budget(text)
+    assert (budget.what, budget.amount) == (what, pytest.approx(amount))
+
+
+@pytest.mark.parametrize("text", ["cost=60kB", "size=5ms", "size=5 GB", "size=0", "cost=..", "time=3ms", "size"])
+def test_budgets_in_units_of_something_else_are_refused(text):
+    with pytest.raises(MobileQatError, match="Not a budget: .* Expected a size in B, kB, MB or %"):
+        parse_budget(text)
 
 
 def test_schemes_differ_in_weights_alone():

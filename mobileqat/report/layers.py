@@ -72,7 +72,9 @@ def print_search(found: Mapping[str, Any]) -> None:
     for row in found["verified"]:
         mark = "chosen, " if row["choices"] == found["chosen"]["choices"] else ""
         size, share = formats.kilobytes(row["size_bytes"]), formats.percent(row["accuracy"])
-        console.print(f"converted: {mark}{size}, {share} of the test samples", markup=False)
+        over = row["size_bytes"] - found["budget"] if mark and found["what"] == "size" else 0
+        excess = f"; {over:,.0f} B more than the budget" if over > 0 else ""
+        console.print(f"converted: {mark}{size}, {share} of the test samples{excess}", markup=False)
 
 
 def decibels(value: float) -> str:
