@@ -5,7 +5,7 @@ ReLU and pooling commute with positive factors per channel, so between two layer
     W1[c] / s[c],  b1[c] / s[c]   and   W2[:, c] * s[c],   s[c] = sqrt(range(W1[c]) / range(W2[:, c]))
 
 compute the same.  With a scale per output channel the ranges of W1 never mattered; what is left to gain is the range of
-the activation between the two, which all of its channels share.
+the activation between the two, which all of its channels share: no bias is raised beyond 8 times the layer's largest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ COMMUTING = (
     *(GONE, "RELU", "LEAKY_RELU", "PAD", "MIRROR_PAD", "MAX_POOL_2D", "AVERAGE_POOL_2D", "MEAN", "RESHAPE"),
     *("RESIZE_NEAREST_NEIGHBOR", "RESIZE_BILINEAR"),
 )
+
+
+# A channel of tiny weights would be raised until its bias alone makes the range that all channels share.
+BIAS_GROWTH = 8.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ def equalize(model: QuantizedModel, iterations: int = 20) -> list[Pair]:
         raise ModelError(f"Expected a model made by quantize_model. Received: {type(model).__name__}")
     chains = _chains(model)
     totals: list = [1.0] * len(chains)
+    limits = [BIAS_GROWTH * np.abs(first.float_constants()[1]).max() for first, _, _ in chains]
     for _ in range(iterations if chains else 0):
         for index, (first, second, _) in enumerate(chains):
-            factors = _factors(first, second)
+            factors = _factors(first, second, limits[index])
             _scale_output(first, 1 / factors)
             _scale_input(second, factors)
             totals[index] = totals[index] * factors
@@ -110,13 +115,14 @@ def _can_scale_input(wrapper: QuantizeWrapper, channels: int) -> bool:
     return is_weighted and wrapper.layer.kernel.shape[wrapper.rule.input_axis] == channels
 
 
-def _factors(first: QuantizeWrapper, second: QuantizeWrapper) -> np.ndarray:
-    """What the first layer's output is divided by, float32 [channels]."""
-    kernels = [np.abs(wrapper.float_constants()[0]) for wrapper in (first, second)]
-    out = _largest(kernels[0], first.rule.channel_axes)
-    into = _largest(kernels[1], (second.rule.input_axis,))
+def _factors(first: QuantizeWrapper, second: QuantizeWrapper, limit: float) -> np.ndarray:
+    """What the first layer's output is divided by, float32 [channels]; no bias grows beyond the limit."""
+    (kernel, bias), (following, _) = first.float_constants(), second.float_constants()
+    out = _largest(np.abs(kernel), first.rule.channel_axes)
+    into = _largest(np.abs(following), (second.rule.input_axis,))
     is_alive = (out > 0) & (into > 0)
-    return np.sqrt(np.where(is_alive, out, 1) / np.where(is_alive, into, 1)).astype(np.float32)
+    factors = np.sqrt(np.where(is_alive, out, 1) / np.where(is_alive, into, 1))
+    return np.maximum(factors, np.abs(bias) / max(limit, np.finfo(np.float32).tiny)).astype(np.float32)
 
 
 def _largest(kernel: np.ndarray, kept: tuple[int, ...]) -> np.ndarray:

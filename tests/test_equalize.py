@@ -80,6 +80,27 @@ def test_dead_channels_stay():
     assert all(np.isfinite(array).all() for array in quantized.get_weights())
 
 
+@pytest.mark.parametrize("gamma", [1e-2, 1e-6, 1e-20])
+def test_a_channel_that_is_nearly_dead_does_not_take_the_range(gamma):
+    """Its bias is what it gives; raised as its weights would have it, it would fill the range of all channels."""
+    keras.utils.set_random_seed(0)
+    convolutions = L.Conv2D(6, 3, use_bias=False), L.Conv2D(4, 3)
+    model = sequential(convolutions[0], L.BatchNormalization(), L.ReLU(), convolutions[1], shape=(8, 8, 3))
+    model.layers[1].gamma.assign([gamma] + 5 * [1.0])
+    model.layers[1].beta.assign(6 * [0.1])
+    expected = outputs_of(model, X)[0]
+
+    def noise(quantized):
+        calibrate(quantized, X)
+        return np.mean((outputs_of(quantized, X)[0] - expected) ** 2)
+
+    quantized = quantize_model(model)
+    before = noise(quantized)
+    assert equalize(quantized)
+    assert noise(quantized) < 1.5 * before
+    np.testing.assert_allclose(outputs_of(strip(quantized), X)[0], expected, atol=1e-4)
+
+
 def two_readers():
     x = keras.Input((8, 8, 3), name="x")
     y = L.Conv2D(3, 1)(x)
