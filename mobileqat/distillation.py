@@ -75,12 +75,14 @@ class Distillation(keras.Model):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if not training:
             return loss
+        # Damping and regularizers, which are part of that loss, hold whoever is imitated.
+        penalties = sum((ops.sum(penalty) for penalty in self.losses), 0.0)
         teacher = ops.log_softmax(
             self.teacher_log_probabilities(self.teacher(x, training=False)) / self.temperature, axis=-1
         )
         student = ops.log_softmax(self.student_log_probabilities(y_pred) / self.temperature, axis=-1)
         divergence = ops.mean(ops.sum(ops.exp(teacher) * (teacher - student), axis=-1))
-        added = self.weight * self.temperature**2 * divergence
+        added = self.weight * (self.temperature**2 * divergence + penalties)
         if self.features:
             added += self.feature_weight * self._feature_loss(x)
         # Keras's own loss is a replica's share already, since the replicas' gradients are summed.
@@ -147,11 +149,12 @@ def gives_probabilities(model: keras.Model) -> bool:
     Layers that only move values, such as Reshape or Dropout, may follow.
     """
     if isinstance(model, QuantizedModel):
-        makers = {operator.output: operator for operator in model.plan.operators}
+        makers = {wrapper.operator.output: wrapper for wrapper in model.operators.values()}
         name = model.plan.outputs[0]
-        while name in makers and model.plan.tensors[name].output is Output.SHARED:
-            name = makers[name].inputs[0]
-        return name in makers and makers[name].kind in ("SOFTMAX", "LOGISTIC")
+        # By the rule: the plan gives an operator in float a grid of its own, also one that only moves values.
+        while name in makers and (makers[name].operator.kind == GONE or makers[name].rule.output is Output.SHARED):
+            name = makers[name].operator.inputs[0]
+        return name in makers and makers[name].operator.kind in ("SOFTMAX", "LOGISTIC")
     try:
         graph = lower(graphs.read(model, expand))
     except ModelError:
