@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -253,7 +254,7 @@ def _build(
         planned = plan.tensors[tensor]
         return quantizers[planned.group] if planned.spec else None
 
-    inputs, values = [], {}
+    inputs, values, leaving = [], {}, _leaving(plan)
     names: set[str] = set()
     for tensor in plan.inputs:
         info = lowered.tensors[tensor]
@@ -269,7 +270,7 @@ def _build(
             tuple(quantizer(tensor) for tensor in operator.inputs),
             quantizer(operator.output),
             operator.output if planned.output is Output.OWN else None,
-            operator.output in plan.outputs,
+            operator.output in leaving,
             prologues[operator.name],
             _weight_range(weight_range, operator.weight_spec),
             name=_layer_name("quant", operator.name, names),
@@ -283,6 +284,16 @@ def _build(
         outputs=keras.tree.pack_sequence_as(structures[1], outputs),
         name=name,
     )
+
+
+def _leaving(plan: QuantPlan) -> set[str]:
+    """Tensors that leave the model, also by way of operators that only move their values."""
+    readers = Counter(name for operator in plan.operators for name in operator.inputs)
+    leaving = set(plan.outputs)
+    for operator in reversed(plan.operators):
+        if operator.output in leaving and plan.tensors[operator.output].output is Output.SHARED:
+            leaving.update(name for name in operator.inputs if readers[name] == 1)
+    return leaving
 
 
 def _weight_range(wanted: str, spec: QuantSpec | None) -> str:

@@ -56,7 +56,7 @@ class QuantizeWrapper(keras.layers.Layer):
         input_quantizers: one `FakeQuantize` per input, None where the input is float.
         output_quantizer: the output's `FakeQuantize`, None where it is float.
         member: name under which the output is observed, None where its range is not its own.
-        is_output: the output leaves the model.
+        is_output: the output leaves the model, if only moved on its way.
         prologue: `(scale, offset)` per input channel, float32, that the kernel takes in: preprocessing.
         weight_range: "maxabs", "mse" or "learned"; see `quantize_model`.
     """
@@ -137,12 +137,9 @@ class QuantizeWrapper(keras.layers.Layer):
         return self.rule.rounds and self.operator.kind != GONE
 
     def _quantizes_output(self, training) -> bool:
-        if self.output_quantizer is None:
-            return False
-        if not self.operator.quantized:
-            return True
         # Probabilities that leave the model go into a loss: rounded to 0 they would give log(0) and no gradient.
-        return self.rounds and not (training and self.is_output and self.rule.output is Output.FIXED)
+        leaves = training and self.is_output and self.rule.output is Output.FIXED
+        return self.output_quantizer is not None and not leaves and (self.rounds or not self.operator.quantized)
 
     def _rectifies(self, training) -> bool:
         """Whether the output's grid, which clips anyway, does the work of the fused ReLU."""

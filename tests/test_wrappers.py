@@ -152,9 +152,10 @@ def test_saturated_outputs_pass_no_gradient():
         assert np.abs(gradient).max() < 1e-3
 
 
-def test_probabilities_are_not_rounded_in_training():
+@pytest.mark.parametrize("behind", [[], [L.Reshape((3, 1)), L.Dropout(0.0), L.Flatten(name="again")]])
+def test_probabilities_are_not_rounded_in_training(behind):
     """Softmax rounded to 0 has an infinite cross entropy and no gradient."""
-    model = quantized(L.Flatten(), L.Dense(3, activation="softmax"))
+    model = quantized(L.Flatten(), L.Dense(3, activation="softmax"), *behind)
     off_grid = np.asarray(model(X, training=True)) * 256
     assert np.abs(off_grid - np.round(off_grid)).max() > 0.01
     on_grid = np.asarray(model(X, training=False)) * 256
