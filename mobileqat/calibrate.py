@@ -37,9 +37,10 @@ def calibrate(
     reservoir: int | None = None,
     seed: int = 0,
 ) -> None:
-    """Sets the activation ranges of a quantized model from data.
+    """Sets the activation ranges of a quantized model from data, and the weight scales that are fitted or learned.
 
-    The float layers run, without any quantization, so the result does not depend on ranges set before.
+    The float layers run, without any quantization, so the result does not depend on ranges set before: calibrating a
+    trained model takes learned ranges and weight scales from it.
 
     Args:
         model: made by `quantize_model`.

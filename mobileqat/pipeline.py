@@ -358,7 +358,7 @@ def _ptq(run: Run) -> dict:
     model = _quantize(run, run.model("float"))
     samples = _calibration_samples(run)
     equalized = equalize(model) if recipe.quantize.equalize else []
-    calibrate(model, samples, recipe.quantize.calibration, percentile=recipe.quantize.percentile)
+    _calibrate(run, model, samples)
     check_ranges(model)
     if _rounding_steps(model, recipe.quantize.adaround):
         # Learned rounding moves the weights onto their grid; what that costs shows beside those from before it.
@@ -415,6 +415,11 @@ def _calibration_samples(run: Run) -> np.ndarray:
     return calibration_samples(run.dataset, run.recipe.data.calibration_samples, run.recipe.seed)
 
 
+def _calibrate(run: Run, model: QuantizedModel, samples: np.ndarray) -> None:
+    settings = run.recipe.quantize
+    calibrate(model, samples, settings.calibration, percentile=settings.percentile)
+
+
 def _rounding_steps(model: QuantizedModel, settings: AdaRound) -> int:
     """Steps of AdaRound: by default some where weights are coarse, and none elsewhere."""
     if settings.steps is not None:
@@ -439,13 +444,13 @@ def _qat(run: Run) -> dict | None:
     with run.strategy.scope():
         if run.recipe.qat.from_scratch:
             model, samples = _quantize(run, run.model("initial")), _calibration_samples(run)
-            calibrate(model, samples)
+            _calibrate(run, model, samples)
             # BatchNormalization that was never trained changes nothing: these ranges are of far smaller values than
             # those of a training step, which would give no gradient to what lies beyond.
             train_with(model, quantizing=False)
             reestimate_batch_norm(model, [samples[i : i + 64] for i in range(0, len(samples), 64)])
             train_with(model)
-            calibrate(model, samples)
+            _calibrate(run, model, samples)
         else:
             # A copy by way of the file: the PTQ model stays as it was calibrated.
             model = models.load_model(run.directory.path / "models" / "ptq.keras")

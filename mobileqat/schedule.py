@@ -29,9 +29,9 @@ class Schedule(keras.callbacks.Callback):
         self.quantized = quantized
         self.settings = settings
         # The last epoch at least: a training that never quantizes is none.
-        self.quantize_from = min(math.ceil(settings.start_after * settings.epochs), settings.epochs - 1)
-        self.observers_from = math.ceil(settings.freeze_observers_after * settings.epochs)
-        self.batch_norm_from = math.ceil(settings.freeze_batch_norm_after * settings.epochs)
+        self.quantize_from = min(_epochs(settings.start_after, settings), settings.epochs - 1)
+        self.observers_from = _epochs(settings.freeze_observers_after, settings)
+        self.batch_norm_from = _epochs(settings.freeze_batch_norm_after, settings)
 
     def on_epoch_begin(self, epoch, logs=None):
         changed = freeze(self.quantized, epoch >= self.observers_from, epoch >= self.batch_norm_from)
@@ -40,6 +40,11 @@ class Schedule(keras.callbacks.Callback):
         )
         if changed:
             self.model.make_train_function(force=True)
+
+
+def _epochs(share: float, settings: QatTraining) -> int:
+    """A share of the epochs, rounded up; the share is as a recipe writes it, and 0.14 * 50 a hair above 7."""
+    return math.ceil(round(share * settings.epochs, 6))
 
 
 def freeze(model: QuantizedModel, observers: bool, batch_norm: bool) -> bool:
@@ -207,7 +212,7 @@ def reestimate_batch_norm(model: QuantizedModel, batches) -> None:
 
     Training quantizes the weights that the statistics follow, and a moving average lags behind them.
     """
-    layers = [w.batch_norm for w in model.operators.values() if w.batch_norm is not None]
+    layers = batch_norms(model)
     momenta = [layer.momentum for layer in layers]
     freeze(model, observers=True, batch_norm=False)
     try:
@@ -219,3 +224,8 @@ def reestimate_batch_norm(model: QuantizedModel, batches) -> None:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         freeze(model, observers=False, batch_norm=False)
+
+
+def batch_norms(model: QuantizedModel) -> list[keras.layers.Layer]:
+    """The BatchNormalization layers that are folded into others."""
+    return [w.batch_norm for w in model.operators.values() if w.batch_norm is not None]

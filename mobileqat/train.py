@@ -25,7 +25,15 @@ from mobileqat.distribute import is_multi_worker, per_replica, prepare, require_
 from mobileqat.errors import ClusterError, TrainingError
 from mobileqat.quantize import QuantizedModel
 from mobileqat.recipe import Augment, QatTraining, Training
-from mobileqat.schedule import AveragedWeights, OscillationFreeze, Schedule, freeze, reestimate_batch_norm, train_with
+from mobileqat.schedule import (
+    AveragedWeights,
+    OscillationFreeze,
+    Schedule,
+    batch_norms,
+    freeze,
+    reestimate_batch_norm,
+    train_with,
+)
 from mobileqat.tensorboard import TensorSummaries
 
 
@@ -144,7 +152,8 @@ def fit(
         if is_spread:
             require_same(strategy, model, dataset.train.y)
         best, reestimated = recorder.keep(), None
-        if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0:
+        asks = isinstance(settings, QatTraining) and settings.reestimate_batch_norm
+        if asks and best != 0 and batch_norms(model):
             batches = train.starting().take(settings.reestimate_batch_norm)
             reestimated = _reestimate(model, trained, batches, validation, settings.keep_best)
         return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges, reestimated)

@@ -196,6 +196,22 @@ def test_distillation_from_itself_has_no_divergence(dataset):
     np.testing.assert_allclose(loss, 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
+def test_distillation_leaves_penalties_whole(weight):
+    """Damping and regularizers are no imitation of labels: a student that equals its teacher still pays for them."""
+    model = keras.Sequential([keras.Input((4,)), L.Dense(4, activation="softmax", kernel_regularizer="l2")])
+    teacher = keras.models.clone_model(model)
+    teacher.set_weights(model.get_weights())
+    trained = Distillation(model, teacher, weight, temperature=3.0)
+    trained.compile(loss="categorical_crossentropy")
+    x, y = np.eye(4, dtype=np.float32), np.eye(4, dtype=np.float32)
+    penalty = 0.01 * np.sum(np.square(model.layers[0].kernel))
+    entropy = -np.mean(np.log(np.sum(model(x) * y, axis=-1)))
+    np.testing.assert_allclose(
+        trained.compute_loss(x, y, model(x), None, True), penalty + (1 - weight) * entropy, rtol=1e-5
+    )
+
+
 def feature_error(quantized, teacher, x, index=1):
     """Mean squared error of one tensor against the float model's, in units of that one's variance."""
     twin = quantize_model(teacher)
@@ -312,8 +328,9 @@ def test_a_learning_rate_beyond_reason(dataset, optimizer):
 def test_probabilities_or_logits(layers, expected):
     """The float model and its quantized twin must give one answer: their loss depends on it."""
     model = sequential(L.Flatten(), *(layer() for layer in layers))
-    assert gives_probabilities(quantize_model(model)) == expected
     assert gives_probabilities(model) == expected
+    for exclude in ((), (model.layers[-1].name,), ("*",)):
+        assert gives_probabilities(quantize_model(model, exclude=exclude)) == expected
 
 
 @pytest.mark.parametrize(
@@ -608,7 +625,7 @@ def test_signs_that_flip_are_frozen_at_the_one_they_have_more_often(dataset, sta
 
 
 @pytest.mark.parametrize(
-    ("epochs", "share", "first"), [(1, 0.5, 0), (5, 0.9, 4), (3, 0.7, 2), (4, 0.5, 2), (4, 0.0, 0)]
+    ("epochs", "share", "first"), [(1, 0.5, 0), (5, 0.9, 4), (3, 0.7, 2), (4, 0.5, 2), (4, 0.0, 0), (50, 0.14, 7)]
 )
 def test_the_last_epoch_is_quantized_whatever_the_start(dataset, epochs, share, first):
     schedule = Schedule(quantized_model(dataset), QatTraining(epochs=epochs, start_after=share))
@@ -646,6 +663,13 @@ def test_statistics_that_validate_worse_are_kept_only_where_the_last_weights_are
     assert fit(quantized, dataset, settings).reestimated is (not keep_best)
     np.testing.assert_array_equal(norm.moving_mean, trained[0] + (0.0 if keep_best else 100.0))
     assert fit(quantized, dataset, QatTraining(epochs=1)).reestimated is None
+
+
+def test_without_statistics_none_are_taken_anew(dataset):
+    model = sequential(L.Flatten(), L.Dense(4, activation="softmax"), shape=(8, 8, 1))
+    quantized = quantize_model(model)
+    calibrate(quantized, dataset.train.x)
+    assert fit(quantized, dataset, QatTraining(epochs=1, reestimate_batch_norm=3, keep_best=False)).reestimated is None
 
 
 FURTHER = [{"weight_ema": 0.5}, {"clip_norm": 0.1}, {"reestimate_batch_norm": 3}, {"freeze_oscillations": 0.1}]
