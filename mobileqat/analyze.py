@@ -263,10 +263,13 @@ def _in_integers(wrapper: QuantizeWrapper, inputs):
 def _measure(step: Step, model: QuantizedModel) -> Layer:
     wrapper, real = step.wrapper, step.float_output
     own = step.run(lambda x: _in_integers(wrapper, x if isinstance(x, list) else [x]), step.float_inputs)
+    sqnr = sqnr_db(real, step.run(wrapper, step.inputs))
+    if real.ndim == 1 and model.plan.tensors[wrapper.operator.output].has_batch:
+        real, own = real[:, None], own[:, None]  # a number per sample is one channel
     return Layer(
         wrapper.operator.name,
         wrapper.operator.kind,
-        sqnr_db(real, step.run(wrapper, step.inputs)),
+        sqnr,
         sqnr_db(real, own),
         _channel_sqnr_db(real, own),
         None,
@@ -352,8 +355,11 @@ def _advice(layer: Layer, samples: int) -> list[str]:
     if is_telling and values.imbalance > LARGE_IMBALANCE:
         advice.append(f"the widest channel has {values.imbalance:.0f} times the usual range; try equalize")
     if weights is not None and weights.bits < 8 and weights.sqnr_db < layer.own_sqnr_db + 3:
-        few = f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB)"
-        advice.append(f"{few}; take more, or learn their rounding (adaround) where that is off")
+        if weights.bits == 1:  # signs have no rounding to learn
+            advice.append(f"signs alone are coarse for its weights ({weights.sqnr_db:.1f} dB); take more bits")
+        else:
+            few = f"{weights.bits} bits are few for its weights ({weights.sqnr_db:.1f} dB)"
+            advice.append(f"{few}; take more, or learn their rounding (adaround) where that is off")
     if is_telling and values.dead_channels and values.channels > 1:
         dead = len(values.dead_channels)
         advice.append(f"{dead} of {values.channels} channels never change; they can be pruned")

@@ -182,3 +182,29 @@ def test_faults():
         analyze(strip(network()), X)
     with pytest.raises(CalibrationError, match="no sample"):
         analyze(network(), X[:0])
+
+
+def test_values_that_hardly_differ_are_counted():
+    """float32 has fewer numbers between them than the histogram has bins."""
+    model = sequential(L.Flatten(), L.Dense(1, activation="sigmoid"), shape=(8, 8, 3))
+    model.layers[-1].kernel.assign(np.linspace(-0.1, 0.1, 192)[:, None])
+    model.layers[-1].bias.assign([16.5])
+    quantized = quantize_model(model)
+    calibrate(quantized, X)
+    (layer,) = [layer for layer in analyze(quantized, X).layers if layer.kind == "LOGISTIC"]
+    histogram = layer.activations.histogram
+    assert sum(histogram.counts) == len(X) and 0 < histogram.high - histogram.low < 2e-7
+
+
+def test_a_number_per_sample_is_one_channel():
+    inputs = keras.Input((8, 8, 3))
+    model = keras.Model(inputs, keras.ops.sum(L.Dense(4)(L.Flatten()(inputs)), axis=-1))
+    quantized = quantize_model(model)
+    calibrate(quantized, X)
+    (layer,) = [layer for layer in analyze(quantized, X).layers if layer.kind == "SUM"]
+    assert layer.activations.channels == 1 and layer.activations.dead_channels == () and layer.advice == ()
+
+
+def test_signs_have_no_rounding_to_learn():
+    advice = [text for layer in analyze(network(scheme="w1a8"), X).layers for text in layer.advice]
+    assert any("signs alone are coarse" in text for text in advice) and not any("adaround" in text for text in advice)

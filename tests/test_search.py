@@ -135,7 +135,7 @@ def test_budgets(text, what, amount):
 
 @pytest.mark.parametrize("text", ["cost=60kB", "size=5ms", "size=5 GB", "size=0", "cost=..", "time=3ms", "size"])
 def test_budgets_in_units_of_something_else_are_refused(text):
-    with pytest.raises(MobileQatError, match="Not a budget: .* Expected a size in B, kB, MB or %"):
+    with pytest.raises(MobileQatError, match=r"Not a budget: .* Expected a size in B, kB, MB or %"):
         parse_budget(text)
 
 
