@@ -152,8 +152,7 @@ def fit(
         if is_spread:
             require_same(strategy, model, dataset.train.y)
         best, reestimated = recorder.keep(), None
-        asks = isinstance(settings, QatTraining) and settings.reestimate_batch_norm
-        if asks and best != 0 and batch_norms(model):
+        if isinstance(settings, QatTraining) and settings.reestimate_batch_norm and best != 0 and batch_norms(model):
             batches = train.starting().take(settings.reestimate_batch_norm)
             reestimated = _reestimate(model, trained, batches, validation, settings.keep_best)
         return History(recorder.epochs, recorder.initial_accuracy, best, recorder.ranges, reestimated)
