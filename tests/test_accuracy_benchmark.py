@@ -27,7 +27,8 @@ def test_cells():
     names = [cell.name for cell in tasks.cells(seeds=3)]
     assert len(names) == len(set(names))
     assert {"fsdd/w4a8/2", "fsdd/tfmot/2", "fsdd/converter/2", "fsdd/w8a16/0", "kws/mlperf/0"} <= set(names)
-    assert {"fsdd/w8a16/1", "fsdd/float/1", "kws/tfmot/0", "kws/w8a8/1"}.isdisjoint(names)
+    assert {"fsdd/w8a8/7", "fsdd/tfmot/7", "mobilenetv1/w8a16/2"} <= set(names), "more where three do not tell"
+    assert {"fsdd/w8a8/8", "fsdd/w4a8/3", "fsdd/w8a16/1", "fsdd/float/1", "kws/tfmot/0", "kws/w8a8/1"}.isdisjoint(names)
     for task in tasks.TASKS:
         assert next(name for name in names if name.startswith(f"{task}/")) == f"{task}/float/0"
 
