@@ -10,7 +10,7 @@ Rounding, where each operator does it:
     mean                 the same on the sum of raw integers, zero points added before rounding
     add                  21-bit multipliers, arithmetic shift, ties up
     average pool         integer division of the sum over the valid window, ties away from zero
-    leaky ReLU, requant. 8-bit fixed point, ties up
+    leaky ReLU, requant. 8-bit fixed point, ties up; leaky ReLU of a slope beyond that as abs
     sub                  as add; sum as mean
     batch matmul         as conv where the right operand's zero point is 0, else LiteRT's 32-bit fixed point
     abs, prelu, l2, rsqrt  LiteRT's 32-bit fixed point, rounded twice
@@ -186,11 +186,22 @@ def _fixed_point_8(centred, multiplier, output: Grid):
 
 
 def leaky_relu(layer, inputs, grids, output: Grid, activation: str):
-    centred = _centred(inputs[0], grids[0])
+    centred, alpha = _centred(inputs[0], grids[0]), np.float32(layer.options["alpha"])
     ratio = quotient(grids[0].scale, output.scale)
-    positive = int32(tf.round(256.0 * ratio))
-    negative = int32(tf.round(256.0 * product(ratio, np.float32(layer.options["alpha"]))))
-    return _fixed_point_8(centred, tf.where(centred >= 0, positive, negative), output)
+    sloped = product(ratio, alpha)
+    positive, negative = (int32(tf.round(256.0 * factor)) for factor in (ratio, sloped))
+    delegated = _fixed_point_8(centred, tf.where(centred >= 0, positive, negative), output)
+    # XNNPACK leaves factors that its 8 bits cannot hold to LiteRT's own kernel.
+    is_delegated = (ratio >= 1 / 256) & (ratio <= 128.0) & (tf.abs(sloped) >= 1 / 256) & (tf.abs(sloped) < 128.0)
+    scaled = tf.cast(multiply_slope(centred, alpha, grids[0], output), tf.float32) + output.zero_point
+    return tf.where(is_delegated, delegated, tf.clip_by_value(scaled, float(output.qmin), float(output.qmax)))
+
+
+def multiply_slope(x, alpha: np.float32, grid: Grid, output: Grid):
+    """Centred integers times a leaky ReLU's factor, in the 32-bit fixed point of LiteRT's own kernel."""
+    identity = multiplier_32(float64(quotient(grid.scale, output.scale)))
+    slope = multiplier_32(float64(quotient(product(grid.scale, abs(alpha)), output.scale)))
+    return tf.where(x >= 0, multiply(x, identity), multiply(-x if alpha < 0 else x, slope))
 
 
 def requantize_int8(layer, inputs, grids, output: Grid, activation: str):

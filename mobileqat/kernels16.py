@@ -54,7 +54,9 @@ def _halves(x):
 
 
 def accumulate(kind: str, layer, x, weights):
-    """Exact 64-bit accumulators, as float64; see `kernels.accumulate`."""
+    """64-bit accumulators, as float64: exact for dense layers, for others as long as float32 is, see `kernels`."""
+    if kind == "FULLY_CONNECTED":
+        return kernels.accumulate(kind, layer, float64(x), float64(weights))
     high, low = (float64(kernels.accumulate(kind, layer, part, weights)) for part in _halves(x))
     return 256.0 * high + low
 
@@ -121,11 +123,7 @@ def requantize_int16(layer, inputs, grids, output: Grid, activation: str):
 
 
 def leaky_relu(layer, inputs, grids, output: Grid, activation: str):
-    x = int64(inputs[0])
-    positive = multiplier_32(float64(quotient(grids[0].scale, output.scale)))
-    sloped = product(grids[0].scale, np.float32(layer.options["alpha"]))
-    negative = multiplier_32(float64(quotient(sloped, output.scale)))
-    return _emit(tf.where(x >= 0, multiply(x, positive), multiply(x, negative)), output)
+    return _emit(kernels.multiply_slope(int64(inputs[0]), np.float32(layer.options["alpha"]), grids[0], output), output)
 
 
 # ------------------------------------------------------------------ sums

@@ -197,6 +197,18 @@ def test_functions_of_one_value(kind, version, table, options, fixed):
             check(kind, version, table, [x], [(scale, zero_point)], output, options)
 
 
+@pytest.mark.parametrize("alpha", [0.0, 1e-4, 1.5e-3, 3.9e-3, 4e-3, -2e-3, -0.5, 3.0, 127.0])
+@pytest.mark.parametrize("ratio", [1.0, 0.9, 1.7])
+def test_slopes_that_the_delegate_leaves_alone(alpha, ratio):
+    """XNNPACK takes what 8 bits of fraction hold; LiteRT's own kernel rounds the rest, and differently."""
+    for grids in GRIDS:
+        draw = Draw(grids, alpha, ratio)
+        grid, table = (np.float32(0.05), draw.zero_point()), ("LeakyReluOptions", {"alpha": alpha})
+        output = (np.float32(0.05 / ratio), draw.zero_point())
+        takes = 1 / 256 <= abs(np.float32(alpha) * np.float32(grid[0] / output[0])) < 128
+        check("LEAKY_RELU", 1, table, [ALL], [grid], output, {"alpha": alpha}, by=bool(takes))
+
+
 def test_exponentials_that_overflow_saturate():
     check("EXP", 2, ("ExpOptions", {}), [ALL], [(0.5, -128)], (1e-9, 3))
 

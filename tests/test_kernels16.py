@@ -116,6 +116,7 @@ ALL = np.arange(-32768, 32768).astype(np.int16).reshape(1, -1)
 UNARY = {
     "ABS": (2, ("AbsOptions", {}), {}, 1e-3, 1e-3),
     "LEAKY_RELU": (1, ("LeakyReluOptions", {"alpha": 0.3}), {"alpha": 0.3}, 1e-3, 1e-3),
+    "LEAKY_RELU falling": (1, ("LeakyReluOptions", {"alpha": -0.002}), {"alpha": -0.002}, 1e-3, 1e-3),
     "QUANTIZE": (1, None, {}, 1e-3, 1e-3),
     "RELU6": (2, None, {}, 1e-3, None),
     "EXP": (2, ("ExpOptions", {}), {}, 1e-4, 1e-3),
