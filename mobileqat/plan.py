@@ -7,6 +7,7 @@ of the plan, the flatbuffer one operator per layer, and calibration, parity and 
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -299,9 +300,9 @@ def _with_weights(
     """The operators with the grid of their kernel, and how it is stored."""
     nodes = {node.path: node.layer for node in graph.nodes}
     with_kernel = [op.name for op in operators if op.quantized and get_rule(nodes[op.name]).has_kernel]
-    specs = dict.fromkeys(with_kernel, scheme.weights)
+    specs, calls = dict.fromkeys(with_kernel, scheme.weights), _calls(graph)
     for pattern, spec in layers.items():
-        matched = _matching(with_kernel, pattern)
+        matched = _matching(with_kernel, pattern, calls)
         if not matched:
             raise MobileQatError(
                 f"layers={pattern!r} matches no layer of '{graph.name}' with a kernel in integers. Such layers: "
@@ -327,11 +328,11 @@ def _storage_bits(kind: str, layer, spec: QuantSpec, narrow: bool) -> int:
 
 
 def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
-    paths = [node.path for node in graph.nodes]
+    paths, calls = [node.path for node in graph.nodes], _calls(graph)
     excluded: set[str] = set()
     for pattern in patterns:
-        matched = _matching(paths, pattern)
-        if not matched and not _matching(graph.read_paths, pattern):
+        matched = _matching(paths, pattern, calls)
+        if not matched and not _matching(graph.read_paths, pattern, calls):
             raise MobileQatError(f"exclude={pattern!r} matches no layer of '{graph.name}'. Layers: {', '.join(paths)}")
         excluded |= matched
     for node in graph.nodes:
@@ -344,9 +345,38 @@ def _excluded(graph: Graph, patterns: tuple[str, ...]) -> set[str]:
     return excluded
 
 
-def _matching(paths: Iterable[str], pattern: str) -> set[str]:
-    """Paths that a pattern names, and what lies below them."""
-    return {p for p in paths if fnmatch.fnmatchcase(p, pattern) or fnmatch.fnmatchcase(p, pattern + "/*")}
+def _matching(paths: Iterable[str], pattern: str, calls: Mapping[str, str]) -> set[str]:
+    """Paths that a pattern names, what lies below them, and further calls of layers that it names."""
+    return {path for path in paths if matches(path, pattern) or matches(calls.get(path, path), pattern)}
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a pattern names a path, or one that it lies below."""
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path, f"{pattern}/*")
+
+
+def _calls(graph: Graph) -> dict[str, str]:
+    """Of layers that are called again ("conv@2"), and what lies below them, the path of the first call; other operators
+    of one name ("add@2") are no calls of one layer."""
+    layers = {node.path: node.layer for node in graph.nodes}
+    numbers = {path: list(AGAIN.finditer(path)) for path in layers if AGAIN.search(path)}
+    heads = {
+        path[: number.end()]
+        for path, found in numbers.items()
+        for number in found
+        if layers.get(path[: number.start()] + path[number.end() :]) is layers[path]
+    }
+
+    def first(path: str, found: list[re.Match[str]]) -> str:
+        for number in reversed(found):
+            if path[: number.end()] in heads:
+                path = path[: number.start()] + path[number.end() :]
+        return path
+
+    return {path: first(path, found) for path, found in numbers.items()}
+
+
+AGAIN = re.compile(r"@[0-9]+(?=/|$)")
 
 
 def _fuse(graph: Graph, excluded: set[str]) -> list[Operator]:

@@ -115,9 +115,10 @@ def quantize_model(
     Args:
         model: a Keras 3 model, functional, sequential or subclassed, built, which is left untouched.
         scheme: a name in `mobileqat.schemes.SCHEMES`.
-        exclude: patterns of layer paths that stay in float, such as `"head/*"`.
-        layers: other schemes for the kernels of some layers, by pattern: `{"block*/expand": "w4a8"}`; the last pattern
-            that matches decides.
+        exclude: patterns of layer paths that stay in float, such as `"head/*"`. A pattern takes what lies below the
+            paths that it matches, and every call of a layer that is called several times (`"conv"`, `"conv@2"`).
+        layers: other schemes for the kernels of some layers, by pattern as in `exclude`: `{"block*/expand": "w4a8"}`;
+            the last pattern that matches decides.
         input_range: `(minimum, maximum)` of the input data when it is known, such as (0, 255) for pixels; its grid
             is then fixed and exact. None learns it like any other range.
         input_shape: shape of the input without the batch, to plan a model that leaves sizes open, such as

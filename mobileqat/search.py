@@ -17,6 +17,7 @@ import numpy as np
 
 from mobileqat.analyze import Metric, SwitchedModel
 from mobileqat.errors import MobileQatError
+from mobileqat.plan import AGAIN, matches
 from mobileqat.progress import track
 from mobileqat.quantize import QuantizedModel
 
@@ -133,7 +134,7 @@ def search(
     if len({model.plan.scheme.activations for model in models.values()}) > 1:
         raise MobileQatError(f"Schemes to choose from must have the same activations. Received: {', '.join(models)}")
     switched = SwitchedModel(*models.values())
-    uses = _uses(next(iter(models.values())))
+    uses = _uses(next(iter(models.values())), FLOAT in names)
     numbers = {name: index for index, name in enumerate(models, 1)} | {FLOAT: 0}
 
     def everywhere(choices: Mapping[str, str]) -> dict[str, str]:
@@ -165,13 +166,22 @@ def search(
     return Search(noise, _pareto(mixtures), max(fitting, key=lambda mixture: (mixture.metric, -mixture.cost)))
 
 
-def _uses(model: QuantizedModel) -> dict[str, list[str]]:
-    """Operators with weights by the first one that has the same layer: a layer that is called twice is stored once."""
-    found: dict[int, list[str]] = {}
+def _uses(model: QuantizedModel, with_float: bool) -> dict[str, list[str]]:
+    """Operators with weights that are chosen together, by the first of them: those of one layer, which is stored once,
+    and, since `exclude` takes all that lies below a path, those below each other ("sep/depthwise", "sep")."""
+    groups: list[list[str]] = []
     for name, wrapper in model.operators.items():
-        if wrapper.weight_spec is not None:
-            found.setdefault(id(wrapper.layer), []).append(name)
-    return {names[0]: names for names in found.values()}
+        if wrapper.weight_spec is None:
+            continue
+        for names in groups:
+            is_same = any(model.operators[other].layer is wrapper.layer for other in names)
+            is_below = any(_takes(name, other) or _takes(other, name) for other in names)
+            if is_same or (with_float and is_below):
+                names.append(name)
+                break
+        else:
+            groups.append([name])
+    return {names[0]: names for names in groups}
 
 
 def _noise(real: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> float:
@@ -242,13 +252,25 @@ def options(choices: Mapping[str, str]) -> dict[str, Any]:
     schemes = [choice for choice in choices.values() if choice != FLOAT]
     scheme = max(dict.fromkeys(schemes), key=schemes.count) if schemes else "w8a8"
     others = {layer: choice for layer, choice in choices.items() if choice not in (FLOAT, scheme)}
+    # What another's pattern takes, too, is named after it: the last pattern decides.
+    taken = [
+        layer
+        for layer, choice in choices.items()
+        if choice != FLOAT and any(layer != other and _takes(other, layer) for other in others)
+    ]
+    ordered = [*(layer for layer in others if layer not in taken), *sorted(taken, key=len)]
     return {
         "scheme": scheme,
-        "layers": {_pattern(layer): choice for layer, choice in others.items()},
+        "layers": {_pattern(layer): choices[layer] for layer in ordered},
         "exclude": [_pattern(layer) for layer, choice in choices.items() if choice == FLOAT],
     }
 
 
 def _pattern(name: str) -> str:
-    """A pattern that matches this name alone."""
+    """A pattern for this name; it takes what lies below, and further calls of the layer, too."""
     return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _takes(name: str, other: str) -> bool:
+    """Whether the pattern for one name takes another."""
+    return matches(other, _pattern(name)) or matches(AGAIN.sub("", other), _pattern(name))

@@ -13,6 +13,7 @@ from mobileqat.errors import MobileQatError
 from mobileqat.graph import read
 from mobileqat.lowering import expand, lower
 from mobileqat.plan import make_plan
+from mobileqat.quantize import quantize_model
 from mobileqat.rules import CONSTANT, GONE, Output
 from mobileqat.schemes import QuantSpec, get_scheme
 
@@ -120,6 +121,35 @@ def test_exclude_tells_which_tensors_stay_in_float():
     plan = plan_of(small_model(), ("head",))
     assert plan.tensors["head"].spec is None and plan.tensors["head"].reason == "kept in float"
     assert plan.tensors["flat"].spec is not None
+
+
+def twice():
+    """A convolution that is called twice, and two additions of one name."""
+    x, conv = keras.Input((8, 8, 4), name="x"), L.Conv2D(4, 3, padding="same", activation="swish", name="conv")
+    y = conv(conv(x))
+    return keras.Model(x, (y + x) + y)
+
+
+def test_patterns_take_every_call_of_a_layer():
+    plan = plan_of(twice(), ("conv",))
+    assert {op.name for op in plan.operators if op.quantized} == {"add", "add@2"}
+    assert [op.name for op in plan_of(twice(), ("conv@2",)).operators if not op.quantized and op.kind == "CONV_2D"] == [
+        "conv@2"
+    ]
+
+
+def test_operators_of_one_name_are_no_calls():
+    plan = plan_of(twice(), ("add",))
+    assert [op.name for op in plan.operators if not op.quantized] == ["add"]
+
+
+def test_bits_of_every_call_of_a_layer():
+    def bits(layers):
+        operators = quantize_model(twice(), layers=layers).plan.operators
+        return {op.name: op.weight_spec.bits for op in operators if op.weight_spec}
+
+    assert bits({"conv": "w4a8"}) == {"conv": 4, "conv@2": 4}
+    assert bits({"conv": "w4a8", "conv@2": "w2a8"}) == {"conv": 4, "conv@2": 2}
 
 
 def test_exclude_must_match():
@@ -256,7 +286,6 @@ def test_borders_are_the_conversions_of_the_file():
     from mobileqat import flatbuffer
     from mobileqat.calibrate import calibrate
     from mobileqat.convert import convert
-    from mobileqat.quantize import quantize_model
 
     quantized = quantize_model(small_model(), exclude=["pool"])
     calibrate(quantized, np.random.default_rng(0).normal(size=(8, 9, 9, 3)).astype(np.float32))

@@ -111,6 +111,30 @@ def test_a_layer_that_is_called_twice_is_stored_once_and_chosen_once():
     assert abs(len(convert(mixture)) - chosen.cost) <= 64
 
 
+@pytest.mark.parametrize("choices", [
+    {"sep/depthwise": "w8a8", "sep": "w4a8", "dense": "w8a8"},
+    {"sep/depthwise": "w4a8", "sep": "w2a8", "dense": "w8a8"},
+    {"sep/depthwise": "w4a8", "sep": "w8a8", "dense": "w4a8"},
+])  # fmt: skip
+def test_options_are_the_mixture_where_one_path_is_below_another(choices):
+    layers = L.SeparableConv2D(16, 3, name="sep"), L.ReLU(), L.GlobalAveragePooling2D(), L.Dense(5, name="dense")
+    plan = quantize_model(sequential(*layers, shape=(8, 8, 3)), **options(choices)).plan
+    assert {op.name: f"w{op.weight_spec.bits}a8" for op in plan.operators if op.weight_spec} == choices
+
+
+def test_what_exclude_takes_together_is_chosen_together():
+    layers = L.SeparableConv2D(16, 3, name="sep"), L.ReLU(), L.GlobalAveragePooling2D(), L.Dense(5, name="dense")
+    model = sequential(*layers, shape=(8, 8, 3))
+    give_trained_weights(model)
+    models = {"w8a8": quantize_model(model)}
+    calibrate(models["w8a8"], X)
+    costs = weight_bytes(models, with_float=True)
+    found = search(models, costs, float("inf"), X, lambda outputs: 0.0)
+    assert found.noise.keys() == {"sep/depthwise", "dense"}
+    for mixture in found.front:
+        assert mixture.choices["sep/depthwise"] == mixture.choices["sep"]
+
+
 def test_a_layer_that_only_the_second_output_needs_counts():
     inputs = keras.Input((8, 8, 3))
     trunk = L.Conv2D(8, 3, activation="relu", name="trunk")(inputs)
