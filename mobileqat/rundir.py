@@ -93,6 +93,7 @@ class RunDirectory(SharedDirectory):
         if any(any((self.path / folder).glob("[!.]*")) for folder in ("models", "checkpoints")):
             self._check_recipe(recipe, resume)
         else:
+            self._require_ours(recipe)
             # A run that ended before it had any model, by a wrong path say, does not block its directory.
             for record in (self.path / "steps").glob("*.json"):
                 record.unlink()
@@ -102,6 +103,18 @@ class RunDirectory(SharedDirectory):
             for unfinished in (self.path / folder).glob(f"{UNFINISHED}*"):
                 unfinished.unlink()  # of a process that was killed: the lock says that nobody writes here
         self.write_text("recipe.yaml", recipe)
+
+    def _require_ours(self, recipe: str) -> None:
+        """Files that no run wrote stay as they are."""
+        if (self.path / "environment.json").exists():
+            return
+        found, steps = self.path / "recipe.yaml", (self.path / "steps").glob("*.json")
+        foreign = [found] if found.exists() and found.read_bytes() != recipe.encode() else []
+        if names := [str(path.relative_to(self.path)) for path in (*foreign, *sorted(steps))]:
+            raise RunDirectoryError(
+                f"'{self.path}' holds files that no run wrote and a run would replace: {', '.join(names)}. "
+                "Choose another --out."
+            )
 
     def _take_lock(self):
         # Held until the process ends; without a buffer, which a full disk would keep from being closed.

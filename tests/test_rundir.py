@@ -201,12 +201,25 @@ def test_nothing_to_resume_makes_nothing(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_run_without_a_model_may_start_over_with_another_recipe(tmp_path, resume):
     first = RunDirectory(tmp_path, RECIPE)
+    first.write_json("environment.json", {})
     first.finish("data", {"train": 1})
     first.close()
     again = RunDirectory(tmp_path, RECIPE + "x: 1\n", resume=resume)
     assert again.result("data") is None
     assert (tmp_path / "recipe.yaml").read_text() == RECIPE + "x: 1\n"
     again.close()
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "steps/notes.json"])
+def test_files_of_something_else_stay(tmp_path, name):
+    (tmp_path / "steps").mkdir()
+    (tmp_path / name).write_text("# mine")
+    for _ in range(2):
+        with pytest.raises(
+            RunDirectoryError, match=rf"files that no run wrote .*: {re.escape(name)}\. Choose another --out"
+        ):
+            RunDirectory(tmp_path, RECIPE)
+    assert files(tmp_path) == [".lock", name] and (tmp_path / name).read_text() == "# mine"
 
 
 def test_one_run_at_a_time(started):
