@@ -23,7 +23,7 @@ from mobileqat.errors import CalibrationError, MobileQatError, ModelError
 from mobileqat.fakequant import FakeQuantize
 from mobileqat.flatbuffer import AlignedBuffer
 from mobileqat.models import check_finite_weights
-from mobileqat.numerics import SMALLEST_SCALE
+from mobileqat.numerics import smallest_scale
 from mobileqat.operands import SMALLEST_STEEPNESS
 from mobileqat.quantize import QuantizedModel
 from mobileqat.rules import CONSTANT, GONE
@@ -140,7 +140,7 @@ def check_ranges(model: QuantizedModel) -> None:
         if not quantizer.is_learned or model.plan.is_constant(name):
             continue
         scale = quantizer.grid()[0]
-        if scale <= SMALLEST_SCALE or scale * betas.get(name, np.inf) <= SMALLEST_STEEPNESS:
+        if scale <= smallest_scale(quantizer.spec) or scale * betas.get(name, np.inf) <= SMALLEST_STEEPNESS:
             raise CalibrationError(
                 f"The range of activation tensor '{name}' has collapsed to zero: {ranges.tolist()}. Calibrate "
                 "on data the model reacts to, or remove the dead layer."

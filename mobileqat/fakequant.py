@@ -109,7 +109,8 @@ def weight_scales(weights, channel_axes: tuple[int, ...], spec: QuantSpec):
     reduced = [axis for axis in range(len(weights.shape)) if axis not in kept]
     reduce = tf.reduce_mean if spec.is_binary else tf.reduce_max
     largest = reduce(tf.abs(tf.stop_gradient(weights)), axis=reduced, keepdims=True)
-    return quotient(tf.where(largest > numerics.SMALLEST_WEIGHT, largest, 1.0), spec.qmax)
+    zeros = float(numerics.size_of_zeros(spec))
+    return quotient(tf.where(largest > numerics.SMALLEST_WEIGHT, largest, zeros), spec.qmax)
 
 
 def quantize_weights(weights, channel_axes: tuple[int, ...], spec: QuantSpec, ratio=None):
@@ -269,7 +270,7 @@ class FakeQuantize(keras.layers.Layer):
             scale, zero_point = numerics.quantization_parameters(*self.pinned, self.spec)
             return tf.constant(scale, tf.float32), tf.constant(float(zero_point), tf.float32)
         low, high = self.bounds()
-        smallest = float(numerics.SMALLEST_SCALE)
+        smallest = float(numerics.smallest_scale(self.spec))
         if self.spec.symmetric:
             return tf.maximum(quotient(tf.maximum(-low, high), self.spec.qmax), smallest), tf.constant(0.0)
         scale = tf.maximum(quotient(high - low, self.spec.qmax - self.spec.qmin), smallest)

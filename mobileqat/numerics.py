@@ -38,8 +38,8 @@ def quantization_parameters(minimum, maximum, spec: QuantSpec) -> tuple[np.float
     low = np.minimum(np.float32(minimum), np.float32(0))
     high = np.maximum(np.float32(maximum), np.float32(0))
     if spec.symmetric:
-        return np.maximum(np.maximum(-low, high) / np.float32(spec.qmax), SMALLEST_SCALE), 0
-    scale = np.maximum((high - low) / np.float32(spec.qmax - spec.qmin), SMALLEST_SCALE)
+        return np.maximum(np.maximum(-low, high) / np.float32(spec.qmax), smallest_scale(spec)), 0
+    scale = np.maximum((high - low) / np.float32(spec.qmax - spec.qmin), smallest_scale(spec))
     zero_point = np.clip(np.round(np.float32(spec.qmin) - low / scale), spec.qmin, spec.qmax)
     return scale, int(zero_point)
 
@@ -55,12 +55,23 @@ def weight_scales(weights: np.ndarray, channel_axes: tuple[int, ...], spec: Quan
         spec: the grid; without `per_channel` one scale serves the whole tensor.
 
     Returns:
-        float32 scales; a channel of zeros gets scale 1 / qmax, which represents it exactly.
+        float32 scales; a channel of zeros gets scale 1 / qmax, which represents it exactly, or, with signs alone,
+        next to nothing.
     """
     kept = channel_axes if spec.per_channel else ()
     reduced = tuple(axis for axis in range(weights.ndim) if axis not in kept)
     largest = (np.mean if spec.is_binary else np.max)(np.abs(weights.astype(np.float32)), axis=reduced, keepdims=True)
-    return np.where(largest > SMALLEST_WEIGHT, largest, np.float32(1)) / np.float32(spec.qmax)
+    return np.where(largest > SMALLEST_WEIGHT, largest, size_of_zeros(spec)) / np.float32(spec.qmax)
+
+
+def size_of_zeros(spec: QuantSpec) -> np.float32:
+    """What stands for the largest weight of a channel of zeros: binary weights cannot be 0, whatever their scale."""
+    return SMALLEST_SCALE if spec.is_binary else np.float32(1)
+
+
+def smallest_scale(spec: QuantSpec) -> np.float32:
+    """Of an activation's grid; a range that needs less has collapsed. The same range for every number of bits."""
+    return np.float32(SMALLEST_SCALE * 255 / (spec.qmax - spec.qmin))
 
 
 def round_half_away(x: np.ndarray) -> np.ndarray:

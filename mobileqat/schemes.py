@@ -101,8 +101,11 @@ def get_scheme(scheme: str | Scheme | dict) -> Scheme:
                 f"Activations must be asymmetric int8, QuantSpec(8), or symmetric int16, {INT16}. Received: "
                 f"{scheme.activations}"
             )
-        if scheme.weights.bits > 8 or not scheme.weights.symmetric:
-            raise MobileQatError(f"Weights must be symmetric and have at most 8 bits. Received: {scheme.weights}")
+        weights = scheme.weights
+        if weights.bits > 8 or not weights.symmetric or weights.full_range:  # a negative gamma turns -128 into 128
+            raise MobileQatError(
+                f"Weights must be symmetric, without full_range, and have at most 8 bits. Received: {weights}"
+            )
         return scheme
     if scheme in SCHEMES:
         return SCHEMES[scheme]

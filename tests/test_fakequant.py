@@ -405,6 +405,14 @@ def test_binary_weights():
     np.testing.assert_array_equal(scales, numerics.weight_scales(weights, (1,), spec))
 
 
+def test_binary_weights_of_a_channel_of_zeros_are_next_to_nothing():
+    weights = np.array([[0.5, 0.0], [-1.5, 0.0]], np.float32)
+    spec = QuantSpec(1, symmetric=True, per_channel=True)
+    integers, scales = quantize_weights(tf.constant(weights), (1,), spec)
+    assert np.abs(integers * scales)[:, 1].max() < 1e-8 and np.abs(integers * scales)[:, 0].min() == 1
+    np.testing.assert_array_equal(scales, numerics.weight_scales(weights, (1,), spec))
+
+
 def test_before_quantization_starts_values_pass():
     layer = calibrated()
     layer.quantizing = False

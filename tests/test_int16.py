@@ -1,5 +1,7 @@
 """Scheme w8a16: int8 weights, int16 activations, from the plan to the file and back."""
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -162,6 +164,28 @@ def test_products_beyond_their_range_are_refused():
     quantized.quantizers[output].set_range(output, 0.0, 0.1)
     with pytest.raises(CalibrationError, match="less than 1"):
         convert(quantized)
+
+
+def test_dense_layers_of_many_inputs():
+    """Sums of one sign leave what float32 holds exactly."""
+    model = sequential(L.Dense(3, kernel_initializer="ones"), shape=(20_000,))
+    check_layer(model, scheme="w8a16", give_weights=False, low=0.0, high=1.0)
+
+
+def test_values_that_int8_takes_have_not_collapsed():
+    """Such as a residual branch that starts with a factor of 1e-6; half as much has collapsed in both."""
+    x = keras.Input((4,), name="x")
+    model = keras.Model(x, x + L.Dense(4, name="small")(x))
+    data = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    for size in (1e-6, 1e-9):
+        model.get_layer("small").kernel.assign(np.full((4, 4), size))
+        for scheme in ("w8a8", "w8a16"):
+            quantized = quantize_model(model, scheme)
+            calibrate(quantized, data)
+            with (
+                contextlib.nullcontext() if size == 1e-6 else pytest.raises(CalibrationError, match="collapsed to zero")
+            ):
+                assert verify(quantized, convert(quantized), data).passed
 
 
 def test_a_bias_beyond_32_bits():

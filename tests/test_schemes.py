@@ -3,7 +3,7 @@
 import pytest
 
 from mobileqat.errors import MobileQatError
-from mobileqat.schemes import SCHEMES, QuantSpec, get_scheme
+from mobileqat.schemes import SCHEMES, QuantSpec, Scheme, get_scheme
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,15 @@ def test_w8a8_is_what_the_runtime_fixes():
     assert scheme.weights == QuantSpec(8, symmetric=True, per_channel=True)
     assert scheme.activations == QuantSpec(8)
     assert get_scheme(scheme) is scheme
+
+
+@pytest.mark.parametrize("spec", [
+    QuantSpec(8, symmetric=True, per_channel=True, full_range=True), QuantSpec(16, symmetric=True), QuantSpec(8),
+])  # fmt: skip
+def test_weights_that_no_kernel_takes(spec):
+    """With -128 in the grid, folding a negative gamma would give 128."""
+    with pytest.raises(MobileQatError, match="Weights must be symmetric, without full_range, and have at most 8 bits"):
+        get_scheme(Scheme("own", spec, QuantSpec(8)))
 
 
 @pytest.mark.parametrize("name", ["w8a7", "W8A8", "", None, 8])
