@@ -378,8 +378,9 @@ def _recommend(
     loss = float_metric - quantized_metric
     if loss <= noise:
         return "Quantization costs nothing that these samples show: there is nothing to repair."
-    best = max(layers, key=lambda layer: layer.without or 0.0)
-    gain = (best.without or 0.0) - quantized_metric
+    # A table of integers has no float operator that could take its place.
+    best = max(layers, key=lambda layer: 0.0 if layer.kind == "TABLE" else layer.without or 0.0)
+    gain = (best.without or 0.0) - quantized_metric if best.kind != "TABLE" else 0.0
     text = f"Quantization costs {100 * loss:.2f} points."
     alone = float_metric - (worst.only or 0.0)
     if gain <= noise and alone > noise and worst.advice:

@@ -519,7 +519,8 @@ def _excluded_tensors(run: Run, variant: str) -> set[str]:
     if not run.recipe.quantize.exclude:
         return set()
     outputs = {op.output for op in run.model(variant).plan.operators if not op.quantized}
-    return outputs | {f"{name}/float32" for name in outputs}
+    # "shifted": a float RSQRT adds its epsilon first.
+    return outputs | {f"{name}/{part}" for name in outputs for part in ("float32", "shifted")}
 
 
 def _parity(run: Run) -> dict:
@@ -1016,13 +1017,15 @@ def verify_on_targets(
 
 
 def _random_samples(model: QuantizedModel, count: int) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    ranges = [model.quantizers[name].ranges() for name in model.plan.inputs]
-    shapes = [model.plan.tensors[name].shape for name in model.plan.inputs]
-    return [
-        random.uniform(span.min(), span.max(), (count, *shape)).astype(np.float32)
-        for span, shape in zip(ranges, shapes, strict=True)
-    ]
+    random, samples = np.random.default_rng(0), []
+    for name in model.plan.inputs:
+        tensor, quantizer = model.plan.tensors[name], model.quantizers.get(name)
+        if not np.issubdtype(tensor.dtype, np.floating):
+            samples.append(np.zeros((count, *tensor.shape), tensor.dtype))  # 0 is an index everywhere
+            continue
+        low, high = (0.0, 1.0) if quantizer is None else (quantizer.ranges().min(), quantizer.ranges().max())
+        samples.append(random.uniform(low, high, (count, *tensor.shape)).astype(np.float32))
+    return samples
 
 
 def evaluate_file(path: Path, dataset: Dataset, limit: int | None, runtime: str, threads: int) -> dict:

@@ -342,6 +342,25 @@ def test_verify_fails_on_another_file(folder, tmp_path):
     assert "weight integers differ" in result.output
 
 
+@pytest.mark.parametrize("exclude", [[], ["first"]], ids=["an index", "a float input"])
+def test_verify_makes_samples_for_inputs_without_a_grid(tmp_path, exclude):
+    import keras
+    from keras import layers as L
+
+    from mobileqat.calibrate import calibrate
+    from mobileqat.convert import convert
+    from mobileqat.quantize import quantize_model
+
+    x = keras.Input((6,), dtype="float32" if exclude else "int32")
+    first = L.Dense(8, name="first") if exclude else L.Embedding(10, 4, name="first")
+    model = keras.Model(x, L.Dense(3)(L.Flatten()(first(x))))
+    quantized = quantize_model(model, exclude=exclude)
+    calibrate(quantized, np.random.default_rng(0).integers(0, 10, (32, 6)))
+    quantized.save(tmp_path / "model.keras")
+    (tmp_path / "model.tflite").write_bytes(convert(quantized))
+    assert run("verify", tmp_path / "model.keras", tmp_path / "model.tflite").output.endswith("passed\n")
+
+
 def test_verify_wants_a_quantized_model(folder):
     message = error("verify", folder / "float.keras", folder / "float.tflite")
     assert "is float. verify compares a model saved after quantize_model" in message

@@ -509,6 +509,12 @@ def dead_layer(input_shape, classes):
     return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(x)))
 
 
+def layer_normalized(input_shape, classes):
+    image = keras.Input(input_shape)
+    x = keras.layers.LayerNormalization(name="ln")(keras.layers.Conv2D(4, 3)(image))
+    return keras.Model(image, keras.layers.Dense(classes)(keras.layers.Flatten()(x)))
+
+
 class Doubled(keras.layers.Layer):
     """Not registered with Keras, as most layers of users are."""
 
@@ -564,6 +570,14 @@ def test_all_unsupported_layers_are_reported_before_any_training(tmp_path):
     assert "- normalized" in str(raised.value) and "- softmax" in str(raised.value)
     assert "- conv" not in str(raised.value)
     assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+def test_what_an_excluded_square_root_adds_is_excluded_with_it(tmp_path):
+    """In float it adds its epsilon by an operator of its own."""
+    excluded = "quantize.exclude=[ln/primitive]"
+    results = pipeline.train(tiny("model.name=test_pipeline:layer_normalized", excluded), tmp_path / "run")
+    assert results["variants"]["ptq"]["inspection"]["problems"] == []
+    assert "ADD" in results["variants"]["ptq"]["inspection"]["excluded"]
 
 
 def test_a_range_that_never_moves_ends_before_qat(tmp_path):
