@@ -183,13 +183,13 @@ def test_ablation_table():
     found = {
         "float/0": {"rows": {"float": row}},
         "w4a8+baseline/0": {"rows": {"ptq": row, "qat": row}},
+        "w4a8+baseline/1": {"rows": {"ptq": row, "qat": row | {"accuracy": 0.92}}},
         "w4a8+better/0": {"rows": {"ptq": row, "qat": row | {"accuracy": 0.91}}},
         "w4a8+better/1": {"rows": {"ptq": row, "qat": row | {"accuracy": 0.93}}},
         "w4a8+broken/0": {"reason": "no luck"},
     }
     text = table.ablation_table({"fsdd": found})
-    assert "| baseline | 90.00 | 90.00 | +0.00 |" in text
-    # Against the baseline's one seed, not against its mean.
+    assert "| baseline | 90.00 (90.00 to 90.00) | 91.00 (90.00 to 92.00) | +0.00 |" in text
     assert "| better | 90.00 (90.00 to 90.00) | 92.00 (91.00 to 93.00) | +1.00 |" in text
     assert "| broken | no luck | | |" in text
 

@@ -150,7 +150,7 @@ def cell_text(reason: str) -> str:
 
 
 def ablation_table(tasks: dict[str, dict]) -> str:
-    """One line per variant: accuracy of PTQ and QAT, and QAT's difference to the baseline of the same seeds."""
+    """One line per variant: accuracy of PTQ and QAT, and QAT's difference to the baseline's mean."""
     lines = [
         "# What each technique adds: QAT to 4-bit weights",
         "",
@@ -160,7 +160,7 @@ def ablation_table(tasks: dict[str, dict]) -> str:
     ]
     for name, found in tasks.items():
         variants = dict.fromkeys(key.rpartition("/")[0] for key in found)
-        baseline = qat_by_seed(found, "w4a8+baseline")
+        baseline = collect(found, "w4a8+baseline", "qat", "").accuracy
         lines += ["", f"## {TASKS[name].title}", "", ABLATION_HEADER]
         for what in variants:
             label = what.partition("+")[2] or what
@@ -171,21 +171,15 @@ def ablation_table(tasks: dict[str, dict]) -> str:
             if qat.accuracy is None:
                 lines.append(f"| {label} | {cell_text(qat.reason)} | | |")
                 continue
-            changes = [own - baseline[seed] for seed, own in qat_by_seed(found, what).items() if seed in baseline]
-            change = f"{100 * mean(changes):+.2f}" if changes else ""
+            change = f"{100 * (qat.accuracy - baseline):+.2f}" if baseline is not None else ""
             lines.append(f"| {label} | {percent(ptq.accuracies)} | {percent(qat.accuracies)} | {change} |")
     return "\n".join(lines) + "\n"
 
 
-def qat_by_seed(found: dict, what: str) -> dict[str, float]:
-    cells = {key.rpartition("/")[2]: cell for key, cell in found.items() if key.rpartition("/")[0] == what}
-    return {seed: cell["rows"]["qat"]["accuracy"] for seed, cell in cells.items() if "rows" in cell}
-
-
 ABLATION_NOTE = (
-    "Two epochs each; one seed, or the mean of several where brackets show the lowest and the highest. Baseline: "
-    "scales by the largest weight, observed ranges, straight-through rounding, labels, weights rounded to nearest. The "
-    "small integers are stored as int8: convolutions with int4 take several times as long in the interpreter, and "
-    "round twice, which moves PTQ by up to a point."
+    "Two epochs each; one seed, or the mean of several where brackets show the lowest and the highest: differences "
+    "smaller than the baseline's are none. Baseline: scales by the largest weight, observed ranges, straight-through "
+    "rounding, labels, weights rounded to nearest. The small integers are stored as int8: convolutions with int4 take "
+    "several times as long in the interpreter, and round twice, which moves PTQ by up to a point."
 )
 ABLATION_HEADER = "| | PTQ, % | QAT, % | to the baseline |\n|---|---|---|---|"
