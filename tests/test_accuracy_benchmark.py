@@ -192,6 +192,7 @@ def test_ablation_table():
     assert "| baseline | 90.00 (90.00 to 90.00) | 91.00 (90.00 to 92.00) | +0.00 |" in text
     assert "| better | 90.00 (90.00 to 90.00) | 92.00 (91.00 to 93.00) | +1.00 |" in text
     assert "| broken | no luck | | |" in text
+    assert "Seeds of one row differ by up to 2.0 points" in text
 
 
 def test_sources_are_scaled_and_shortened():

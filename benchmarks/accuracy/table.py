@@ -156,7 +156,7 @@ def ablation_table(tasks: dict[str, dict]) -> str:
         "",
         *provenance(tasks, "ablation.py"),
         "",
-        ABLATION_NOTE,
+        ABLATION_NOTE.format(100 * largest_spread(tasks)),
     ]
     for name, found in tasks.items():
         variants = dict.fromkeys(key.rpartition("/")[0] for key in found)
@@ -171,15 +171,26 @@ def ablation_table(tasks: dict[str, dict]) -> str:
             if qat.accuracy is None:
                 lines.append(f"| {label} | {cell_text(qat.reason)} | | |")
                 continue
-            change = f"{100 * (qat.accuracy - baseline):+.2f}" if baseline is not None else ""
+            change = f"{round(100 * (qat.accuracy - baseline), 2) + 0.0:+.2f}" if baseline is not None else ""
             lines.append(f"| {label} | {percent(ptq.accuracies)} | {percent(qat.accuracies)} | {change} |")
     return "\n".join(lines) + "\n"
 
 
+def largest_spread(tasks: dict[str, dict]) -> float:
+    """Of QAT, between the seeds of one row."""
+    rows = [
+        collect(found, what, "qat", "").accuracies
+        for found in tasks.values()
+        for what in {key.rpartition("/")[0] for key in found}
+    ]
+    return max((max(row) - min(row) for row in rows if row), default=0.0)
+
+
 ABLATION_NOTE = (
-    "Two epochs each; one seed, or the mean of several where brackets show the lowest and the highest: differences "
-    "smaller than the baseline's are none. Baseline: scales by the largest weight, observed ranges, straight-through "
-    "rounding, labels, weights rounded to nearest. The small integers are stored as int8: convolutions with int4 take "
-    "several times as long in the interpreter, and round twice, which moves PTQ by up to a point."
+    "Two epochs each; one seed, or the mean of several where brackets show the lowest and the highest. Seeds of one "
+    "row differ by up to {:.1f} points of QAT: smaller differences are none. Baseline: scales by the largest weight, "
+    "observed ranges, straight-through rounding, labels, weights rounded to nearest. The small integers are stored as "
+    "int8: convolutions with int4 take several times as long in the interpreter, and round twice, which moves PTQ by "
+    "up to a point."
 )
 ABLATION_HEADER = "| | PTQ, % | QAT, % | to the baseline |\n|---|---|---|---|"
