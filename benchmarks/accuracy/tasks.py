@@ -89,6 +89,7 @@ TASKS = {
         "MobileNetV2-0.35, TrashNet 96x128 (authors' split)",
         "trashnet_mobilenetv2_w8a8",
         ("conv", "classes"),
+        seeds={"w8a8": 5, "converter": 5, "tfmot": 5},
         tfmot_batch=16,
     ),
     "kws": Task(
