@@ -105,7 +105,7 @@ class RunDirectory(SharedDirectory):
         self.write_text("recipe.yaml", recipe)
 
     def _require_ours(self, recipe: str) -> None:
-        """Files that no run wrote stay as they are."""
+        """Files that no run wrote stay as they are; environment.json is what a run writes first."""
         if (self.path / "environment.json").exists():
             return
         found, steps = self.path / "recipe.yaml", (self.path / "steps").glob("*.json")

@@ -173,7 +173,7 @@ def test_dense_layers_of_many_inputs():
 
 
 def test_values_that_int8_takes_have_not_collapsed():
-    """Such as a residual branch that starts with a factor of 1e-6; half as much has collapsed in both."""
+    """Such as a residual branch that starts with a factor of 1e-6; a thousandth of it has collapsed in both."""
     x = keras.Input((4,), name="x")
     model = keras.Model(x, x + L.Dense(4, name="small")(x))
     data = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)

@@ -548,6 +548,13 @@ def set_weight(kernel, index, value):
     kernel.assign(values)
 
 
+def alternate(kernel, freezer, values, steps):
+    """The second weight is at each of two values in turn."""
+    for step in range(steps):
+        set_weight(kernel, 1, values[step % 2])
+        freezer.on_train_batch_end(step)
+
+
 def test_what_weights_did_in_float_epochs_freezes_none_of_them():
     quantized, kernel, freezer = freezer_of_one_layer([7.0, 0.0])
     train_with(quantized, quantizing=False)
@@ -557,20 +564,15 @@ def test_what_weights_did_in_float_epochs_freezes_none_of_them():
         freezer.on_train_batch_end(0)
     train_with(quantized)
     freezer.on_epoch_begin(1)
-    for step in range(6):
-        set_weight(kernel, 1, (4.6, 4.4)[step % 2])
-        freezer.on_train_batch_end(step)
-        if freezer.state_of_weights[0]["frozen"].numpy()[1, 0]:
-            break
+    alternate(kernel, freezer, (4.6, 4.4), 6)
+    assert freezer.state_of_weights[0]["frozen"].numpy()[1, 0] == 1
     assert kernel.numpy()[1, 0] == 4.0
 
 
 def test_a_frozen_weight_stays_whatever_the_optimizer_does():
     _, kernel, freezer = freezer_of_one_layer([7.0, 1.6])
     freezer.on_epoch_begin(0)
-    for step in range(8):
-        set_weight(kernel, 1, (1.4, 1.6)[step % 2])
-        freezer.on_train_batch_end(step)
+    alternate(kernel, freezer, (1.4, 1.6), 8)
     assert kernel.numpy()[1, 0] == 2.0
     for step in range(300):
         set_weight(kernel, 1, 2.0 + 0.6)
@@ -581,7 +583,6 @@ def test_a_frozen_weight_stays_whatever_the_optimizer_does():
 def test_a_channel_of_weights_that_flip_keeps_its_largest_one():
     _, kernel, freezer = freezer_of_one_layer([1.0, 0.9, 0.9])
     freezer.state_of_weights[0]["average"].assign(np.full((3, 1), 6.3, np.float32))  # all are at 6 more often
-    freezer._follows = True
     for step in range(12):  # they take turns as the largest
         kernel.assign(np.roll(np.float32([1.0, 0.9, 0.9]), step)[:, None])
         freezer.on_train_batch_end(step)
@@ -595,9 +596,7 @@ def test_a_channel_of_weights_that_flip_keeps_its_largest_one():
 def test_moves_by_several_integers_are_no_flips():
     _, kernel, freezer = freezer_of_one_layer([7.0, 1.0])
     freezer.on_epoch_begin(0)
-    for step in range(30):
-        set_weight(kernel, 1, (4.0, 1.0)[step % 2])
-        freezer.on_train_batch_end(step)
+    alternate(kernel, freezer, (4.0, 1.0), 30)
     assert not freezer.state_of_weights[0]["frozen"].numpy().any()
 
 
